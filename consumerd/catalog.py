@@ -1,0 +1,140 @@
+"""The table as Postgres has it: columns, types, unique indexes, privileges, and a fingerprint of them.
+
+The live catalog decides what a value must look like; nothing about the table stands in the configuration. The
+fingerprint (names, types, type modifiers) is compared again inside every write: binary COPY into a column whose type
+has changed meanwhile loads garbage without an error (seen: int8 into timestamp).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from psycopg import sql
+
+from consumerd.errors import Halt
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+
+SUPPORTED: dict[int, str] = {
+    16: "boolean",
+    20: "bigint",
+    21: "smallint",
+    23: "integer",
+    25: "text",
+    701: "double precision",
+    1043: "varchar",
+    1184: "timestamptz",
+    1700: "numeric",
+    2950: "uuid",
+    3802: "jsonb",
+}
+"""Types whose binary form is proven equal to INSERT with parameters by a property test; oid to name."""
+
+VARHDRSZ = 4
+"""What Postgres adds to the length in a varchar's type modifier, and to a numeric's packed one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column; `typmod` is -1 where the type has no modifier."""
+
+    name: str
+    oid: int
+    typmod: int
+    type_name: str
+    not_null: bool
+    automatic: bool
+    """Generated or identity: left to Postgres unless it is mapped by name."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Characters that a varchar(n) holds."""
+        return self.typmod - VARHDRSZ if self.type_name.startswith("character varying(") else None
+
+    @property
+    def integer_digits(self) -> int | None:
+        """Digits before the point that a numeric(p, s) holds."""
+        if self.type_name.startswith("numeric(") and self.typmod >= VARHDRSZ:
+            packed = self.typmod - VARHDRSZ
+            precision, scale = packed >> 16 & 0xFFFF, packed & 0x7FF
+            return precision - ((scale ^ 1024) - 1024)  # the scale is an 11-bit signed number since Postgres 15
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table that exists, that this role may write, and whose rows share the checkpoint's fate."""
+
+    name: str
+    """As it was configured, for sentences."""
+    identifier: str
+    """Schema and name, quoted."""
+    columns: tuple[Column, ...]
+    unique: tuple[frozenset[str], ...]
+    """Columns of each unique index that can serve ON CONFLICT."""
+    fingerprint: str
+
+    def column(self, name: str) -> Column | None:
+        """Return the column of that name."""
+        return next((column for column in self.columns if column.name == name), None)
+
+
+FINGERPRINT = """\
+SELECT coalesce(string_agg(concat_ws(' ', attname, atttypid, atttypmod), ',' ORDER BY attnum), '')
+FROM pg_catalog.pg_attribute WHERE attrelid = to_regclass({name}) AND attnum > 0 AND NOT attisdropped"""
+
+_RELATION = """\
+SELECT c.oid::int8, c.relkind::text, c.relpersistence::text, n.nspname, c.relname,
+       quote_ident(n.nspname) || '.' || quote_ident(c.relname),
+       array(SELECT p FROM unnest(%(privileges)s::text[]) AS p WHERE NOT has_table_privilege(c.oid, p)),
+       has_schema_privilege(n.oid, 'USAGE'), current_user::text
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = to_regclass(%(name)s)"""
+
+_COLUMNS = """\
+SELECT attname, atttypid::int8, atttypmod, format_type(atttypid, atttypmod), attnotnull,
+       attidentity <> '' OR attgenerated <> ''
+FROM pg_catalog.pg_attribute WHERE attrelid = %s::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
+
+_UNIQUE = """\
+SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
+             WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+FROM pg_catalog.pg_index i
+WHERE i.indrelid = %s::oid AND i.indisunique AND i.indimmediate AND i.indisvalid
+  AND i.indpred IS NULL AND i.indexprs IS NULL"""
+
+
+def fingerprint_query(name: str) -> sql.Composed:
+    """Return the query for a table's fingerprint as it is now; '' when there is no such table."""
+    return sql.SQL(FINGERPRINT).format(name=sql.Literal(name))
+
+
+async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...]) -> Table:
+    """Read a table from the catalog; raises Halt with what to type when it cannot be written to.
+
+    `name` is resolved as psql does: unquoted parts are folded to lower case, without a schema the search path is used.
+    """
+    cursor = await conn.execute(_RELATION, {"name": name, "privileges": list(privileges)})
+    row = await cursor.fetchone()
+    if row is None:
+        where = "" if "." in name else " (without a schema it is looked up along search_path)"
+        raise Halt("table", f"table {name} does not exist{where}: create it, or correct `table.name`")
+    oid, kind, persistence, _, _, identifier, missing, schema_usage, role = row
+    if kind not in "rp":
+        raise Halt("table", f"{name} is not a table: only tables and partitioned tables are written to")
+    if persistence != "p":
+        raise Halt("table", f"table {name} is unlogged: a crash would empty it and keep its checkpoint")
+    if missing or not schema_usage:
+        grants = [f"GRANT {', '.join(missing)} ON {identifier} TO {role};"] if missing else []
+        grants += [] if schema_usage else [f"GRANT USAGE ON SCHEMA {identifier.split('.')[0]} TO {role};"]
+        raise Halt("table", f"role {role} lacks privileges on {name}; type: {' '.join(grants)}")
+    cursor = await conn.execute(_COLUMNS, [oid])
+    columns = tuple(
+        Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a)
+        for n, o, m, t, nn, a in await cursor.fetchall()
+    )
+    unique = tuple(frozenset(names) for (names,) in await (await conn.execute(_UNIQUE, [oid])).fetchall())
+    (fingerprint,) = await (await conn.execute(fingerprint_query(name))).fetchone() or ("",)
+    return Table(name=name, identifier=identifier, columns=columns, unique=unique, fingerprint=fingerprint)

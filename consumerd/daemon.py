@@ -1,0 +1,116 @@
+"""The daemon: starts every handler, stops them on a signal, and lives as long as that takes.
+
+SIGTERM or SIGINT drains: what is gathered is written, committed, and each handler leaves its group, all within
+`drain_timeout`. A second signal forces the exit; nothing is lost by that, because nothing unwritten was committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from consumerd import __version__, metrics
+from consumerd.http import HttpServer
+from consumerd.member import Member
+from consumerd.progress import total_lag
+
+if TYPE_CHECKING:
+    from consumerd.config import Config
+
+log = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_NOT_DRAINED = 75
+
+
+class Daemon:
+    """One process: a member for each handler."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._started = time.time()
+        self._stop = asyncio.Event()
+        memory = config.daemon.max_buffered // len(config.handlers)
+        self._members = [Member(config, handler, memory) for handler in config.handlers]
+
+    async def run(self) -> int:
+        """Run until a signal; return the exit code."""
+        self._catch_signals()
+        daemon = self._config.daemon
+        http = HttpServer(daemon.listen_host, daemon.listen_port, self.status)
+        log.info("started", extra={"version": __version__, "listen": http.address, "handlers": len(self._members)})
+        tasks = [asyncio.create_task(m.run(), name=m.handler.name) for m in self._members]
+        heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
+        gc.freeze()
+        try:
+            await self._until_stopped(tasks)
+            return await self._drain(tasks)
+        finally:
+            heartbeat.cancel()
+            http.close()
+
+    def status(self) -> dict[str, Any]:
+        """Return what /status shows; sets the gauges that are computed when somebody looks."""
+        handlers = {}
+        for member in self._members:
+            handlers[member.handler.name] = member.progress.status(member.lags())
+            metrics.buffered_bytes.labels(member.handler.name).set(member.memory())
+            metrics.buffer_limit_bytes.labels(member.handler.name).set(member.bound)
+        return {"version": __version__, "pid": os.getpid(), "started": self._started, "handlers": handlers}
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            log.error("a second signal: leaving at once")
+            logging.shutdown()
+            os._exit(EXIT_NOT_DRAINED)
+        log.info("stopping", extra={"signal": signal.Signals(number).name})
+        self._stop.set()
+
+    async def _until_stopped(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Wait for a signal. A halted handler's task ends; one that ends by a defect takes the daemon with it."""
+        stop = asyncio.create_task(self._stop.wait(), name="stop")
+        running: set[asyncio.Task[Any]] = {stop, *tasks}
+        while not self._stop.is_set():
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    async def _drain(self, tasks: list[asyncio.Task[None]]) -> int:
+        """Drain all handlers side by side, under one deadline."""
+        deadline = time.monotonic() + self._config.daemon.drain_timeout
+        drained = await asyncio.gather(*(member.drain(deadline) for member in self._members))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if not all(drained):
+            log.error("not drained in time; what was not written is read again at the next start")
+            return EXIT_NOT_DRAINED
+        log.info("stopped")
+        return EXIT_OK
+
+    async def _heartbeat(self) -> None:
+        """Log one line for each handler now and then: rate and lag."""
+        while True:
+            await asyncio.sleep(self._config.log.heartbeat)
+            for member in self._members:
+                lag, seconds = total_lag(member.progress.lag(member.lags()).values())
+                extra = {
+                    "handler": member.handler.name,
+                    "state": member.progress.state,
+                    "rows_per_second": round(member.progress.rate()),
+                    "written": member.progress.totals.written,
+                    "dead_lettered": sum(member.progress.totals.dead_lettered.values()),
+                    "lag_messages": lag,
+                    "lag_seconds": round(seconds, 1),
+                }
+                log.info("heartbeat", extra=extra)

@@ -1,0 +1,179 @@
+"""Letters: what could not become a row, byte for byte as it came, with headers that say where from and why.
+
+A letter is acknowledged by all in-sync replicas before the offset of its message moves. The producer never gives a
+message up (`message.timeout.ms` 0), so within one process no letter is sent twice; a crash may repeat one, and its
+source topic, partition and offset identify it. The timestamp is the message's own, and stands in a header too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+from typing import TYPE_CHECKING, Any
+
+import confluent_kafka as ck
+from confluent_kafka import KafkaError, KafkaException
+
+from consumerd.errors import Halt, Outage
+from consumerd.kafka import client_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from consumerd.accumulator import Batch
+    from consumerd.config import HandlerConfig, KafkaConfig
+    from consumerd.errors import Refusal
+    from consumerd.types import Message
+
+log = logging.getLogger(__name__)
+
+CONNECT_PREFIX = "__connect.errors."
+OUR_PREFIX = "consumerd."
+
+MAX_MESSAGE_BYTES = 1_000_000_000
+"""librdkafka's own limit, out of the way: the topic's `max.message.bytes` decides."""
+ACKNOWLEDGE_WAIT = 0.2
+"""Seconds of one look for acknowledgements."""
+VISIBLE_AFTER = 5.0
+"""Seconds without an acknowledgement after which that is an outage for all to see."""
+
+Headers = list[tuple[str, bytes | None]]
+
+
+class DeadLetters:
+    """The dead-letter topic of one handler. The producer is made for the first letter."""
+
+    def __init__(self, kafka: KafkaConfig, handler: HandlerConfig) -> None:
+        self._kafka = kafka
+        self._handler = handler
+        self._producer: ck.Producer | None = None
+        self._failed: KafkaError | None = None
+        self._sending = asyncio.Lock()
+
+    async def send(self, batch: Batch) -> None:
+        """Send the letters of a batch that are not acknowledged yet, and wait for them.
+
+        Raises Outage when they take long (the next call goes on waiting for them), Halt when the topic refuses them.
+        """
+        due = [position for position in batch.refused if position not in batch.lettered]
+        if not due:
+            return
+        async with self._sending:
+            await asyncio.to_thread(self._send, batch, due)
+        if not batch.lettered.issuperset(due):
+            raise Halt("bug", f"letters of {batch.partition} were neither acknowledged nor refused")
+
+    def close(self) -> None:
+        """Let go of the producer; what it has not delivered is sent again by whoever reads the messages again."""
+        if self._producer is not None:
+            self._producer.purge()
+            self._producer.flush(1.0)
+
+    def _send(self, batch: Batch, due: list[int]) -> None:
+        producer = self._producer = self._producer or self._new_producer()
+        for position in due:
+            if position not in batch.on_their_way:
+                self._produce(producer, batch, position)
+        waited = 0.0
+        while batch.on_their_way and self._failed is None:
+            if waited >= VISIBLE_AFTER:
+                raise Outage("dead_letter", f"dead-letter topic {self._handler.dead_letter.topic} does not acknowledge")
+            producer.poll(ACKNOWLEDGE_WAIT)
+            waited += ACKNOWLEDGE_WAIT
+        if self._failed is not None:
+            error, self._failed = self._failed, None
+            if error.fatal():
+                producer.purge()
+                self._producer = None
+                batch.on_their_way.clear()
+            raise self._meaning(error, batch)
+
+    def _produce(self, producer: ck.Producer, batch: Batch, position: int) -> None:
+        message, refusal = batch.messages[position], batch.refused[position]
+        kind, timestamp = message.timestamp()
+
+        def delivered(error: KafkaError | None, _: Any) -> None:
+            batch.on_their_way.discard(position)
+            if error is None:
+                batch.lettered.add(position)
+            elif error.code() != KafkaError._PURGE_QUEUE:  # noqa: SLF001
+                self._failed = error
+
+        while True:
+            try:
+                batch.on_their_way.add(position)
+                producer.produce(
+                    self._handler.dead_letter.topic,
+                    value=message.value(),
+                    key=message.key(),
+                    headers=headers(self._handler, batch, message, refusal),  # type: ignore[arg-type]
+                    timestamp=timestamp if kind != ck.TIMESTAMP_NOT_AVAILABLE else 0,
+                    on_delivery=delivered,
+                )
+            except BufferError:
+                producer.poll(ACKNOWLEDGE_WAIT)
+            except KafkaException as error:
+                batch.on_their_way.discard(position)
+                self._failed = error.args[0]
+                return
+            else:
+                return
+
+    def _meaning(self, error: KafkaError, batch: Batch) -> Exception:
+        topic = self._handler.dead_letter.topic
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            return Halt(
+                "dead_letter",
+                f"a letter of {batch.partition} (offsets {batch.first_offset}..{batch.next_offset - 1}) is too large for "
+                f"{topic}; type: kafka-configs --alter --topic {topic} --add-config max.message.bytes=N, then restart",
+            )
+        if error.code() in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}:
+            return Halt("dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it, then restart")
+        return Outage("dead_letter", f"dead-letter topic {topic}: {error.str()}")
+
+    def _new_producer(self) -> ck.Producer:
+        return ck.Producer(
+            {
+                **client_config(self._kafka),
+                "acks": "all",
+                "enable.idempotence": True,
+                "message.timeout.ms": 0,
+                "message.max.bytes": MAX_MESSAGE_BYTES,
+                "linger.ms": 2,
+            }
+        )
+
+
+def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Refusal) -> Headers:
+    """Return the headers of a letter: the message's own, and Kafka Connect's names and ours in place of older ones."""
+    own = [
+        (name, value)
+        for name, value in message.headers() or []
+        if not name.startswith((CONNECT_PREFIX, OUR_PREFIX))
+    ]
+    kind, timestamp = message.timestamp()
+    ours: Iterable[tuple[str, str | None]] = (
+        (f"{CONNECT_PREFIX}topic", batch.partition.topic),
+        (f"{CONNECT_PREFIX}partition", str(batch.partition.partition)),
+        (f"{CONNECT_PREFIX}offset", str(message.offset())),
+        (f"{CONNECT_PREFIX}connector.name", handler.name),
+        (f"{CONNECT_PREFIX}stage", {"decode": "VALUE_CONVERTER", "write": "TASK_PUT"}[refusal.stage]),
+        (f"{CONNECT_PREFIX}class.name", "consumerd"),
+        (f"{CONNECT_PREFIX}exception.class.name", refusal.error),
+        (f"{CONNECT_PREFIX}exception.message", refusal.message),
+        (f"{OUR_PREFIX}group", handler.group_id),
+        (f"{OUR_PREFIX}reason", refusal.reason),
+        (f"{OUR_PREFIX}sqlstate", refusal.sqlstate),
+        (f"{OUR_PREFIX}column", refusal.column),
+        (f"{OUR_PREFIX}timestamp", str(timestamp) if kind != ck.TIMESTAMP_NOT_AVAILABLE else None),
+        (f"{OUR_PREFIX}failed_at", datetime.datetime.now(datetime.UTC).isoformat()),
+        (f"{OUR_PREFIX}attempt", str(_attempt(message))),
+    )
+    return own + [(name, value.encode()) for name, value in ours if value is not None]
+
+
+def _attempt(message: Message) -> int:
+    """Return how many times this message has failed, this one included."""
+    earlier = dict(message.headers() or []).get(f"{OUR_PREFIX}attempt")
+    return int(earlier) + 1 if earlier and earlier.isdigit() else 1

@@ -1,0 +1,114 @@
+"""From messages to rows: which column reads what, and what becomes of a message that does not fit. Pure.
+
+A batch is decoded at a run; only when one of its messages is refused is it gone through message by message, so good
+batches pay nothing for the refusals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from consumerd.catalog import SUPPORTED
+from consumerd.errors import Halt, Refusal
+from consumerd.formats import json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from consumerd.accumulator import Batch
+    from consumerd.catalog import Column, Table
+    from consumerd.config import HandlerConfig
+    from consumerd.types import Message
+
+Row = tuple[Any, ...]
+
+TOMBSTONE = Refusal(
+    reason="missing", stage="decode", error="consumerd.errors.Poison", message="the message has no value (a tombstone)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one batch, in offset order; `positions` are their messages' positions in the batch."""
+
+    rows: list[Row]
+    positions: Sequence[int]
+
+
+class Encoder:
+    """What turns the messages of one handler into rows of its table."""
+
+    def __init__(self, table: Table, handler: HandlerConfig) -> None:
+        fields = _fields(table, handler)
+        self.columns: tuple[Column, ...] = tuple(field.column for field in fields)
+        self.table = table
+        self._decode: Callable[[bytes], Row] = json.decoder(fields)
+
+    def encode(self, batch: Batch) -> Rows:
+        """Decode what is not refused yet; what cannot be is added to `batch.refused`."""
+        messages: Sequence[Message] = batch.messages
+        if not batch.refused:
+            try:
+                return Rows(list(map(self._decode, [m.value() for m in messages])), range(len(messages)))  # type: ignore[arg-type]
+            except Exception:  # noqa: BLE001, S110 - the loop below finds which message raised what
+                pass
+        rows: list[Row] = []
+        positions: list[int] = []
+        for position, message in enumerate(messages):
+            if position in batch.refused:
+                continue
+            value = message.value()
+            if value is None:
+                batch.refused[position] = TOMBSTONE
+                continue
+            try:
+                rows.append(self._decode(value))
+            except (ValueError, RecursionError, json.Poison) as error:
+                batch.refused[position] = json.refusal(error)
+            else:
+                positions.append(position)
+        return Rows(rows, positions)
+
+
+def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
+    """Resolve the mapping against the live table; every mistake at once."""
+    if handler.columns is None:
+        fields = tuple(json.Field(column=c, path=(c.name,)) for c in table.columns if not c.automatic)
+        problems = []
+    else:
+        known = {column.name: column for column in table.columns}
+        problems = [
+            f"table {table.name} has no column {name!r}: correct `columns.{name}` in {handler.path}, or type: "
+            f'ALTER TABLE {table.identifier} ADD COLUMN "{name}" ...;'
+            for name in handler.columns
+            if name not in known
+        ]
+        fields = tuple(
+            json.Field(
+                column=known[name],
+                path=tuple(source.source.split(".")),
+                default=source.default if source.has_default else json.ABSENT,
+            )
+            for name, source in handler.columns.items()
+            if name in known
+        )
+    problems += [
+        f"column {field.column.name} of {table.name} is {field.column.type_name}, which is not supported yet; supported: "
+        f"{', '.join(SUPPORTED.values())}. List the other columns under [columns] to leave it out"
+        for field in fields
+        if field.column.oid not in SUPPORTED
+    ]
+    names = {field.column.name for field in fields}
+    problems += [f"key column {name!r} of table {table.name} is not among the columns" for name in handler.table.key if name not in names]
+    if handler.table.write == "upsert" and not problems and frozenset(handler.table.key) not in table.unique:
+        key = ", ".join(f'"{name}"' for name in handler.table.key)
+        problems.append(
+            f"table {table.name} has no unique index on ({key}), which upsert needs; type: "
+            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier} ({key});"
+        )
+    if not problems and not fields:
+        problems.append(f"table {table.name} has no column to write")
+    if problems:
+        raise Halt("table", "; ".join(problems))
+    return fields

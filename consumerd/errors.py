@@ -1,0 +1,90 @@
+"""Every error of the daemon, named by what happens next.
+
+Whoever raises one has decided what to do about it; whoever catches one does exactly that. The map from a
+Postgres SQLSTATE to one of these is `consumerd.sqlstate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+HaltReason = Literal["table", "topic", "dead_letter", "breaker", "gap", "checkpoint", "kafka", "database", "bug"]
+
+PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "rejected"]
+"""Why a message cannot become a row: the fixed values of the label `reason` of dead-letter metrics.
+
+malformed: not JSON, or not an object. missing: absent or null where the column needs a value. type: of another
+type. range: outside the column's range or length. encoding: text that Postgres cannot hold. rejected: refused by
+the database itself.
+"""
+
+
+class ConsumerdError(Exception):
+    """The root of all of them."""
+
+
+class ConfigError(ConsumerdError):
+    """Do not start: exit 78. `problems` has one sentence for each mistake."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why one message is not a row. Holds no value of the message, so it may go into headers, logs and metrics."""
+
+    reason: PoisonReason
+    stage: Literal["decode", "write"]
+    error: str
+    """Class of the exception that was raised, for example `psycopg.errors.UniqueViolation`."""
+    message: str
+    sqlstate: str | None = None
+    column: str | None = None
+    """Column, or path into the value."""
+
+
+class Poison(ConsumerdError):
+    """Dead-letter the message."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class Rejected(ConsumerdError):
+    """The database refuses the data: isolate. `row` is the refused row's position in the write, if it is known."""
+
+    def __init__(self, refusal: Refusal, row: int | None) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+        self.row = row
+
+
+Source = Literal["postgres", "kafka", "dead_letter"]
+
+
+class Outage(ConsumerdError):
+    """The broker or the database cannot do it now: retry with backoff, for ever."""
+
+    def __init__(self, source: Source, message: str) -> None:
+        super().__init__(message)
+        self.source: Source = source
+
+
+class Fenced(ConsumerdError):
+    """The checkpoint is not where this write expected it: drop the batch, read the checkpoint again."""
+
+
+class TableChanged(ConsumerdError):
+    """The table is not as it was when the encoder was made: load it again, encode again."""
+
+
+class Halt(ConsumerdError):
+    """Stop the handler with nothing skipped. The message says what happened and how to go on."""
+
+    def __init__(self, reason: HaltReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -1,0 +1,1 @@
+"""How a message's value is read: one file each."""

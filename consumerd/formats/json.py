@@ -1,0 +1,250 @@
+"""JSON values into rows, by types generated from the table.
+
+The columns' paths become a tree of msgspec Structs, so that one pass over the bytes both decodes and checks: types,
+ranges and lengths are in the Structs' annotations, and a value that does not fit is refused with its path. jsonb
+columns keep the bytes as they were sent (`msgspec.Raw`): no number is rounded on the way.
+
+A flat expression, compiled once, turns a decoded Struct into the row tuple. All names in it are made here (`f0`, `f1`,
+...), none comes from the configuration.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+
+from consumerd.errors import ConfigError, Poison, PoisonReason, Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from consumerd.catalog import Column
+
+ABSENT: Final = object()
+"""The default of a path that has none."""
+
+JSONB_VERSION: Final = b"\x01"
+"""The byte that stands before the text in jsonb's binary form."""
+
+MAX_NUMERIC_DIGITS: Final = 131072
+"""Digits that Postgres's numeric holds before the point. Without the check a JSON number of twelve characters,
+`1e999999999`, would be expanded to a gigabyte of zeros."""
+
+_NULL = b"null"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One column and where its value comes from; `path` are the names from the value's top down."""
+
+    column: Column
+    path: tuple[str, ...]
+    default: Any = ABSENT
+
+
+@dataclass(slots=True)
+class _Node:
+    """One name in the value: the fields that end here, and the names below it."""
+
+    fields: list[int] = field(default_factory=list)
+    below: dict[str, _Node] = field(default_factory=dict)
+
+
+def decoder(fields: tuple[Field, ...]) -> Callable[[bytes], tuple[Any, ...]]:
+    """Return a function from a message's value to a row of Python values; it raises what `refusal` understands.
+
+    Raises ConfigError when a default does not fit its column.
+    """
+    compiler = _Compiler(fields)
+    decode = msgspec.json.Decoder(compiler.struct(_tree(fields), "r", ())).decode
+    row = "".join(f"{compiler.expressions[index]}, " for index in range(len(fields)))
+    build = eval(f"lambda r: ({row})", compiler.names)  # noqa: S307 - all names in it are made here
+    return lambda value: build(decode(value))  # type: ignore[no-any-return]
+
+
+def refusal(error: Exception) -> Refusal:
+    """Say why a value was refused; the text of msgspec's errors holds paths and types, never a value."""
+    if isinstance(error, Poison):
+        return error.refusal
+    text = str(error)
+    reason: PoisonReason = "type"
+    if isinstance(error, UnicodeError):
+        reason, text = "encoding", "text is not valid UTF-8"
+    elif isinstance(error, RecursionError):
+        reason, text = "malformed", "JSON is nested too deeply"
+    elif not isinstance(error, msgspec.ValidationError):
+        reason = "malformed"
+    elif text.startswith("Object missing") or "got `null`" in text:
+        reason = "missing"
+    elif "range" in text or "= " in text.partition(" - at")[0]:
+        reason = "range"
+    names = [text.partition("at `$")[2].rstrip("`").lstrip(".")]
+    if text.startswith("Object missing required field `"):
+        names.append(text.split("`")[1])
+    return _refusal(reason, text, ".".join(filter(None, names)) or None, type(error))
+
+
+def _refusal(reason: PoisonReason, text: str, column: str | None, error: type[Exception] = Poison) -> Refusal:
+    name = f"{error.__module__}.{error.__qualname__}".removeprefix("builtins.")
+    return Refusal(reason=reason, stage="decode", error=name, message=text, column=column)
+
+
+def _tree(fields: tuple[Field, ...]) -> _Node:
+    root = _Node()
+    for index, entry in enumerate(fields):
+        node = root
+        for name in entry.path:
+            node = node.below.setdefault(name, _Node())
+        node.fields.append(index)
+    return root
+
+
+class _Compiler:
+    """Makes the Structs, and for each field the expression that picks its value from a decoded one."""
+
+    def __init__(self, fields: tuple[Field, ...]) -> None:
+        self._fields = fields
+        self._defaults = {index: _default(entry) for index, entry in enumerate(fields)}
+        self.expressions: dict[int, str] = {}
+        self.names: dict[str, Any] = {
+            "__builtins__": {},
+            "join": b"".join,
+            "version": JSONB_VERSION,
+            "null": msgspec.Raw(_NULL),
+            "numeric": _numeric,
+        } | {f"default{index}": value for index, value in self._defaults.items()}
+
+    def struct(self, node: _Node, source: str, guards: tuple[str, ...]) -> type[msgspec.Struct]:
+        """Make the Struct of what is below a node; `guards` are the expressions that must not be None to get there."""
+        members: list[tuple[Any, ...]] = []
+        rename: dict[str, str] = {}
+        for name, child in node.below.items():
+            member = f"f{len(members)}"
+            rename[member] = name
+            members.append((member, *self._member(child, f"{source}.{member}", guards)))
+        return msgspec.defstruct("Value", members, rename=rename, gc=False, frozen=True, kw_only=True)
+
+    def _member(self, node: _Node, source: str, guards: tuple[str, ...]) -> tuple[Any, ...]:
+        """Return type and default of one name of a Struct."""
+        if node.below and not node.fields:
+            if any(self._required(index) for index in _indexes(node)):
+                return (self.struct(node, source, guards),)
+            return (self.struct(node, source, (*guards, source)) | None, None)
+        if not node.below and len(node.fields) == 1:
+            return self._leaf(node.fields[0], source, guards)
+        return self._shared(node, source, guards)
+
+    def _leaf(self, index: int, source: str, guards: tuple[str, ...]) -> tuple[Any, ...]:
+        column = self._fields[index].column
+        self._note(index, _pick(column, source, self.names, index), guards)
+        kind = _annotation(column)
+        if column.type_name == "jsonb":
+            default = self._defaults[index]
+            raw = msgspec.Raw(_NULL if default is None else default[len(JSONB_VERSION) :])
+            return (kind,) if self._required(index) else (kind, raw)
+        if not column.not_null:
+            kind |= None
+        return (kind,) if self._required(index) else (kind, self._defaults[index])
+
+    def _shared(self, node: _Node, source: str, guards: tuple[str, ...]) -> tuple[Any, ...]:
+        """Several columns read one name, in different shapes: keep its bytes, and let each decode them for itself."""
+        depth = source.count(".")
+        for index in _indexes(node):
+            entry = self._fields[index]
+            alone = Field(column=entry.column, path=("value", *entry.path[depth:]), default=entry.default)
+            self.names[f"alone{index}"] = decoder((alone,))
+            self._note(index, f"alone{index}(join((opening, {source}, closing)))[0]", guards)
+        self.names |= {"opening": b'{"value":', "closing": b"}"}
+        required = any(self._required(index) for index in _indexes(node))
+        return (msgspec.Raw,) if required else (msgspec.Raw, msgspec.Raw(_NULL))
+
+    def _note(self, index: int, expression: str, guards: tuple[str, ...]) -> None:
+        if guards:
+            there = " and ".join(f"{guard} is not None" for guard in guards)
+            expression = f"({expression} if {there} else default{index})"
+        self.expressions[index] = expression
+
+    def _required(self, index: int) -> bool:
+        return self._fields[index].column.not_null and self._fields[index].default is ABSENT
+
+
+def _indexes(node: _Node) -> list[int]:
+    """Return the fields at and below a node."""
+    return [*node.fields, *(index for child in node.below.values() for index in _indexes(child))]
+
+
+def _annotation(column: Column) -> Any:
+    """Return the type that a value must have for a column, ranges included."""
+    match column.type_name:
+        case "boolean":
+            return bool
+        case "smallint" | "integer" | "bigint" as name:
+            bound = 2 ** ({"smallint": 16, "integer": 32, "bigint": 64}[name] - 1)
+            return Annotated[int, msgspec.Meta(ge=-bound, le=bound - 1)]
+        case "double precision":
+            return float
+        case "timestamp with time zone":
+            return Annotated[datetime.datetime, msgspec.Meta(tz=True)]
+        case "uuid":
+            return uuid.UUID
+        case "jsonb":
+            return msgspec.Raw
+        case name if name.startswith("numeric"):
+            return decimal.Decimal
+        case name if name.startswith("timestamp("):
+            return Annotated[datetime.datetime, msgspec.Meta(tz=True)]
+        case _ if column.max_length is not None:
+            return Annotated[str, msgspec.Meta(max_length=column.max_length)]
+        case _:
+            return str
+
+
+def _pick(column: Column, source: str, names: dict[str, Any], index: int) -> str:
+    """Return the expression that makes a decoded value the row's."""
+    if column.type_name == "jsonb":
+        otherwise = "None"
+        if column.not_null:
+            names[f"missing{index}"] = _missing(column.name)
+            otherwise = f"missing{index}()"
+        return f"(join((version, {source})) if {source} != null else {otherwise})"
+    if column.type_name.startswith("numeric"):
+        digits = column.integer_digits
+        return f"numeric({source}, {MAX_NUMERIC_DIGITS if digits is None else digits}, {column.name!r})"
+    return source
+
+
+def _default(entry: Field) -> Any:
+    """Return a default as the row's value, checked against the column like any other."""
+    if entry.default is ABSENT:
+        return None
+    column = entry.column
+    if column.type_name == "jsonb":
+        return JSONB_VERSION + msgspec.json.encode(entry.default)
+    try:
+        return msgspec.convert(entry.default, _annotation(column))
+    except msgspec.ValidationError as error:
+        text = str(error)
+        raise ConfigError(f"columns.{column.name}.default does not fit {column.type_name}: {text}") from error
+
+
+def _numeric(value: decimal.Decimal | None, digits: int, column: str) -> decimal.Decimal | None:
+    """Refuse what a numeric column cannot hold, or what JSON has no number for."""
+    if value is None:
+        return None
+    if not value.is_finite():
+        raise Poison(_refusal("range", "not a number that JSON has", column))
+    if value and value.adjusted() >= digits:
+        raise Poison(_refusal("range", f"more than {digits} digits before the point", column))
+    return value
+
+
+def _missing(column: str) -> Callable[[], Any]:
+    def missing() -> Any:
+        raise Poison(_refusal("missing", "null where the column needs a value", column))
+
+    return missing

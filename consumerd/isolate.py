@@ -1,0 +1,69 @@
+"""Finds the rows of a batch that Postgres refuses, in O(k log n) statements for k of n.
+
+Rows are tried in offset order, each piece on top of those accepted before it, so rows that are valid only together
+stay together. COPY's error context names the row: the rows before it, the row alone, and what follows are tried again,
+the rest in halves, so that many bad rows do not send the whole rest again for each. Where no row is named (an upsert's
+merge, a deferred constraint) the piece is halved. Runs inside a transaction that holds the checkpoint and that the
+caller rolls back: nothing found here counts unless the checkpoint stood where it was expected.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from consumerd.errors import Refusal, Rejected
+from consumerd.postgres import translate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from psycopg import AsyncConnection
+
+    from consumerd.sinks.base import Sink
+
+
+async def isolate(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]]) -> dict[int, Refusal]:
+    """Return why each refused row is refused, by its position; raises Outage or Halt for any other trouble."""
+    refused: dict[int, Refusal] = {}
+    pieces = [(0, len(rows))]
+    while pieces:
+        start, end = pieces.pop()
+        rejected = await _try(conn, sink, rows[start:end], start)
+        if rejected is None:
+            continue
+        if end - start == 1:
+            refused[start] = rejected.refusal
+            continue
+        cuts = _cuts(start, end, rejected.row)
+        pieces += reversed([(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b])
+    return refused
+
+
+def _cuts(start: int, end: int, row: int | None) -> tuple[int, ...]:
+    """Return where to cut a refused piece of at least two rows; `row` counts from its start."""
+    if row is None or not 0 <= row < end - start:
+        return start, (start + end) // 2, end
+    bad = start + row
+    return start, bad, bad + 1, (bad + 1 + end) // 2, end
+
+
+async def _try(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]], first: int) -> Rejected | None:
+    """Write rows under a savepoint; return the refusal, if it is one, with nothing of these rows left written."""
+    try:
+        data = sink.pack(rows, first)
+    except Rejected as rejected:
+        return rejected
+    try:
+        await conn.execute("SAVEPOINT consumerd")
+        await sink.write(conn, data, len(rows), first)
+        # A deferred constraint would fail at COMMIT, never under a savepoint.
+        await conn.execute("SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED; RELEASE SAVEPOINT consumerd")
+    except psycopg.Error as error:
+        meaning = translate(error, conn)
+        if not isinstance(meaning, Rejected):
+            raise meaning from error
+        await conn.execute("ROLLBACK TO SAVEPOINT consumerd; RELEASE SAVEPOINT consumerd")
+        return meaning
+    return None

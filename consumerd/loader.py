@@ -1,0 +1,398 @@
+"""Finds and reads consumerd.toml and handlers/*.toml, and tells every mistake of all of them at once.
+
+    find ─► read ─► parse ─► `${NAME}` ─► validate (config.py) ─► conflicts between handlers ─► one Config
+                      └─────────┴────────────┴──────────────────────┴─► problems, told as `file:line: key: sentence`
+
+A step that finds mistakes does not end the reading: the next steps go on with what is sound, so that one run tells all.
+A key path that has a problem already is not told twice. tomllib gives no line numbers: `key_lines` walks the text once
+more, which tomllib has accepted, and notes where each key stands; a path that is in no table of its own (an inline
+table's key, a list's item, a missing key) gets the line of its nearest ancestor.
+"""
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from consumerd.config import Config, HandlerConfig
+from consumerd.credentials import dsn_password_key, looks_secret, parse_property
+from consumerd.errors import ConfigError
+
+SYSTEM_FILE = Path("/etc/consumerd/consumerd.toml")
+LOCAL_FILE = Path("consumerd.toml")
+
+KeyPath = tuple[str | int, ...]
+Model = TypeVar("Model", Config, HandlerConfig)
+
+ANY: Final = "*"
+UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
+    Config: [(("daemon", "control"), ANY), (("log", "format"), "journal")],
+    HandlerConfig: [
+        *(((key,), ANY) for key in ("key_format", "transform", "decode")),
+        *((("table", key), ANY) for key in ("update", "version", "tombstones", "tombstone_key")),
+        (("table", "write"), "skip-existing"),
+        (("checkpoint",), "kafka"),
+        (("poison", "action"), ANY),
+        (("poison", "error_text"), ANY),
+        (("columns", ANY), "@*"),
+        (("columns", ANY, "from"), "@*"),
+        (("columns", ANY, "unit"), ANY),
+    ],
+}
+"""What interface.md has and this version has not: key path, and pattern of the value. Delete a line to allow it."""
+
+REQUIRED: Final[Mapping[KeyPath, str]] = {
+    ("kafka", "bootstrap_servers"): 'bootstrap_servers = "localhost:9092"',
+    ("postgres", "dsn"): 'dsn = "postgresql://loader@db/warehouse"',
+    ("topics",): 'topics = ["orders"]',
+    ("table", "name"): 'name = "sales.orders"',
+    ("table", "write"): 'write = "append"',
+    ("columns", ANY, "from"): 'from = "customer.name"',
+}
+"""Keys without a default: what to write."""
+
+_SENTENCES: Final[Mapping[str, str]] = {
+    "string_type": "must be a string, in quotes",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "tuple_type": 'must be a list, such as ["a", "b"]',
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+}
+
+_VARIABLE = re.compile(r"\$\$|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|)")
+
+_PART = r"""[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*'"""
+_KEY = rf"(?:{_PART})(?:[ \t]*\.[ \t]*(?:{_PART}))*"
+_STATEMENT = re.compile(rf"[ \t]*(?:\[\[?[ \t]*(?P<table>{_KEY})[ \t]*\]|(?P<key>{_KEY})[ \t]*=|)")
+# The pieces of a value. Long strings first; one may end in up to two quotes of its own.
+_PIECE = re.compile(
+    r'''"""(?:\\.|[^\\])*?"""(?:"{0,2})|\'\'\'.*?\'\'\'(?:'{0,2})|"(?:\\.|[^"\\\n])*"|'[^'\n]*\''''
+    r"|\#[^\n]*|[\[{]|[\]}]|\n|[^\"'#\[\]{}\n]+",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One mistake: the key it is at, a sentence that goes on from the key's name, the line where none is known."""
+
+    path: KeyPath
+    sentence: str
+    line: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _File:
+    """One TOML file on its way to a model, with the problems found so far."""
+
+    path: Path
+    sound: bool = True
+    data: dict[str, Any] = field(default_factory=dict)
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def failed(self, sentence: str, line: int | None = None) -> Self:
+        """Note why this file cannot be read at all."""
+        self.sound = False
+        self.problems.append(Problem(path=(), sentence=sentence, line=line))
+        return self
+
+    def told(self) -> Iterator[str]:
+        """Word the problems in the order of their lines: `handlers/orders.toml:12: table.wirte: unknown key`."""
+        located = [(problem.line or _line_of(problem.path, self.lines), problem) for problem in self.problems]
+        for line, problem in sorted(located, key=lambda pair: pair[0] or 0):
+            place = f"{_shown(self.path)}:{line}" if line else _shown(self.path)
+            yield ": ".join(filter(None, [place, dotted(problem.path), problem.sentence]))
+
+
+def load(
+    path: Path | None,
+    *,
+    overrides: Mapping[str, str] = MappingProxyType({}),
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """Read the daemon's config and its handlers; ConfigError tells all their mistakes.
+
+    `path` None takes the search order: $CONSUMERD_CONFIG, ./consumerd.toml, /etc/consumerd/consumerd.toml.
+    `overrides` are librdkafka properties (`-X prop=value`), which win over `[kafka.properties]`.
+    """
+    main = _read(_find(path, environ), environ)
+    config = _validate(Config, main, main.path.parent, path=main.path)
+    properties, refused = _overrides(overrides)
+    handlers = _handlers(main, environ)
+    models = [
+        _validate(HandlerConfig, file, main.path.parent, name=file.path.stem, path=file.path) for file in handlers
+    ]
+    for file, problem in conflicts([(file, model) for file, model in zip(handlers, models, strict=True) if model]):
+        file.problems.append(problem)
+    told = [*refused, *(line for file in (main, *handlers) for line in file.told())]
+    if told or config is None:
+        raise ConfigError(*told)
+    kafka = config.kafka.model_copy(update={"properties": {**config.kafka.properties, **properties}})
+    return config.model_copy(update={"kafka": kafka, "handlers": tuple(model for model in models if model)})
+
+
+def _find(path: Path | None, environ: Mapping[str, str]) -> Path:
+    """Give the config file's absolute path; a file that was named must exist, whatever lies elsewhere."""
+    named = path or (Path(environ["CONSUMERD_CONFIG"]) if environ.get("CONSUMERD_CONFIG") else None)
+    for place in [named] if named else [LOCAL_FILE, SYSTEM_FILE]:
+        if _is_there(place):
+            return place.absolute()
+    if named:
+        source = "-c" if path else "$CONSUMERD_CONFIG"
+        raise ConfigError(f"{_shown(named)}: there is no such file (named by {source})")
+    raise ConfigError(
+        f"no config found: neither ./{LOCAL_FILE} nor {SYSTEM_FILE}; name one with -c or $CONSUMERD_CONFIG"
+    )
+
+
+def _is_there(path: Path) -> bool:
+    """Tell a file, also one that is out of reach: it is told as unreadable, not passed over."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return True
+
+
+def _handlers(main: _File, environ: Mapping[str, str]) -> list[_File]:
+    """Read the files of the handlers folder, sorted by name, hidden ones left out.
+
+    The folder is taken from unchecked data, so that mistakes of handlers are told beside mistakes of the daemon's file.
+    """
+    section = main.data.get("daemon", {})
+    name = section.get("handlers", "handlers") if isinstance(section, dict) else "handlers"
+    if not isinstance(name, str):
+        return []
+    folder = main.path.parent / name
+    paths = [path for path in sorted(folder.glob("*.toml")) if _is_there(path) and not path.name.startswith(".")]
+    if not paths and main.sound:
+        found = "holds no *.toml file" if folder.is_dir() else "is not a folder"
+        sentence = f"no handlers: {_shown(folder)} {found}; write one file for each handler there"
+        main.problems.append(Problem(path=("daemon", "handlers"), sentence=sentence))
+    return [_read(path, environ) for path in paths]
+
+
+def _overrides(overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Check `-X` by the rules of `[kafka.properties]`."""
+    properties, refused = {}, []
+    for name, value in overrides.items():
+        try:
+            properties[name] = parse_property(name, value, None)
+        except ValueError as error:
+            refused.append(f"-X {name}: {error}")
+    return properties, refused
+
+
+def _read(path: Path, environ: Mapping[str, str]) -> _File:
+    """Read, parse and fill in one file; `sound` is false when there is nothing to validate."""
+    file = _File(path=path)
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        return file.failed(f"cannot be read: {error.strerror}")
+    except UnicodeDecodeError as error:
+        return file.failed("is not UTF-8 text", error.object.count(b"\n", 0, error.start) + 1)
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        return file.failed("is nested too deeply")
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        last = text.rstrip("\n").count("\n") + 1
+        return file.failed(f"is not TOML: {error}", int(place[1]) if place else last)
+    except ValueError as error:  # from int(), of a number of thousands of digits
+        return file.failed(f"is not TOML: {error}")
+    file.lines = key_lines(text)
+    file.data = {key: _filled((key,), value, environ, file.problems) for key, value in data.items()}
+    return file
+
+
+def _filled(path: KeyPath, value: Any, environ: Mapping[str, str], problems: list[Problem]) -> Any:  # noqa: ANN401 (TOML)
+    """Fill `${NAME}`, `${NAME:-default}` and `$$` into every string below `value`.
+
+    A password that should not be there is left as it is: it is refused later, and no part of it is taken for a name.
+    """
+    if isinstance(value, dict):
+        return {key: _filled((*path, key), item, environ, problems) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled((*path, index), item, environ, problems) for index, item in enumerate(value)]
+    if not isinstance(value, str) or looks_secret(str(path[-1])) or (path[-1] == "dsn" and dsn_password_key(value)):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        if match[0] == "$$":
+            return "$"
+        if name is None:
+            sentence = 'after "${" stand a name and "}"; a dollar itself is written "$$"'
+            problems.append(Problem(path=path, sentence=sentence))
+            return match[0]
+        found = environ.get(name)
+        if found is None and default is None:
+            sentence = f"the environment variable {name} is not set; a default is written ${{{name}:-…}}"
+            problems.append(Problem(path=path, sentence=sentence))
+        return (found or default) if default is not None else (found or "")
+
+    return _VARIABLE.sub(fill, value)
+
+
+def _validate(model: type[Model], file: _File, folder: Path, **from_file: object) -> Model | None:
+    """Make the model of a file, or note its problems; None when there is no sound model."""
+    if not file.sound:
+        return None
+    file.problems += _unsupported(model, file.data)
+    reserved = [key for key in file.data if key in model.from_file]
+    file.problems += [Problem(path=(key,), sentence=_unknown(model, (key,))) for key in reserved]
+    noted = {problem.path for problem in file.problems}
+    sections: dict[str, object] = {name: {} for name in ("kafka", "postgres", "table") if name in model.model_fields}
+    data = {**sections, **file.data, **from_file}
+    try:
+        return model.model_validate(data, by_name=False, by_alias=True, context={"folder": folder})
+    except ValidationError as error:
+        for details in error.errors(include_url=False, include_input=False):
+            path = tuple(part for part in details["loc"] if part != "[key]")
+            if not any(path[:length] in noted for length in range(1, len(path) + 1)):
+                file.problems.append(Problem(path=path, sentence=_sentence(model, path, details)))
+    return None
+
+
+def _unsupported(model: type[BaseModel], data: dict[str, Any]) -> Iterator[Problem]:
+    """Find what `UNSUPPORTED` names."""
+    for path, value in _walk((), data):
+        for pattern, allowed in UNSUPPORTED[model]:
+            if _matches(path, pattern) and (allowed == ANY or (isinstance(value, str) and fnmatchcase(value, allowed))):
+                what = "is" if allowed == ANY else f'"{allowed.replace(ANY, "…")}" is'
+                yield Problem(path=path, sentence=f"{what} not supported by this version")
+
+
+def _walk(path: KeyPath, value: object) -> Iterator[tuple[KeyPath, object]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield (*path, key), item
+            yield from _walk((*path, key), item)
+
+
+def _matches(path: KeyPath, pattern: KeyPath) -> bool:
+    return len(path) == len(pattern) and all(part in {ANY, key} for key, part in zip(path, pattern, strict=True))
+
+
+def _sentence(model: type[BaseModel], path: KeyPath, details: ErrorDetails) -> str:
+    """Word one of pydantic's errors in our own terms."""
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "extra_forbidden":
+        return _unknown(model, path)
+    if kind == "literal_error":
+        return f"must be {context['expected']}".replace("'", '"')
+    if kind == "missing":
+        example = next((line for pattern, line in REQUIRED.items() if _matches(path, pattern)), None)
+        table = f" under [{dotted(path[:-1])}]" if path[:-1] else ""
+        return f"is missing: put {example}{table}" if example else "is missing"
+    return _SENTENCES.get(kind, "is not valid here")
+
+
+def _unknown(model: type[BaseModel], path: KeyPath) -> str:
+    """Name the nearest valid key, or else all that are valid there."""
+    for part in path[:-1]:
+        known = _keys(model)
+        model = (known.get(str(part)) if str(part) in known else model) or model
+    names = sorted(set(_keys(model)) - getattr(model, "from_file", frozenset()))
+    near = difflib.get_close_matches(str(path[-1]), names, n=1)
+    return f'unknown key; did you mean "{near[0]}"?' if near else f"unknown key; valid here: {', '.join(names)}"
+
+
+def _keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Give the TOML keys of a model, each with the model of its table if it is one."""
+    return {str(info.validation_alias or name): _inner(info.annotation) for name, info in model.model_fields.items()}
+
+
+def _inner(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_inner, get_args(annotation))), None)
+
+
+def conflicts(handlers: Sequence[tuple[_File, HandlerConfig]]) -> Iterator[tuple[_File, Problem]]:
+    """Find a group id used twice and a dead-letter topic that is read; a pattern never takes those (rules.md, 24)."""
+    groups: dict[str, str] = {}
+    letters = {handler.dead_letter.topic: handler.name for _, handler in handlers}
+    for file, handler in handlers:
+        first = groups.setdefault(handler.group_id, handler.name)
+        if first != handler.name:
+            sentence = f'"{handler.group_id}" is the group of handler {first} already: each needs its own'
+            yield file, Problem(path=("group_id",), sentence=sentence)
+        for index, topic in enumerate(handler.topics):
+            if topic in letters:
+                sentence = (
+                    f'"{topic}" is the dead-letter topic of handler {letters[topic]}: it would read letters again'
+                )
+                yield file, Problem(path=("topics", index), sentence=sentence)
+
+
+def key_lines(text: str) -> dict[KeyPath, int]:
+    """Give the line of each key path that valid TOML writes as a table's header or before a `=` at a line's start."""
+    lines: dict[KeyPath, int] = {}
+    prefix: KeyPath = ()
+    position, line = 0, 1
+    while position < len(text):
+        statement = _STATEMENT.match(text, position)
+        if statement is None:  # never: it matches the empty string too
+            break
+        if header := statement["table"]:
+            path = prefix = _parts(header)
+        else:
+            path = (*prefix, *_parts(statement["key"])) if statement["key"] else ()
+        for length in range(1, len(path)):
+            lines.setdefault(path[:length], line)
+        if path:
+            lines[path] = line
+        end = _value_end(text, statement.end())
+        line += text.count("\n", position, end)
+        position = end
+    return lines
+
+
+def _parts(key: str) -> KeyPath:
+    """Split a dotted key; quoted parts are read by tomllib itself."""
+    return tuple(
+        tomllib.loads(f"part = {part}")["part"] if part[0] in "\"'" else part for part in re.findall(_PART, key)
+    )
+
+
+def _value_end(text: str, position: int) -> int:
+    """Find where the next line of keys begins: after the first newline outside of strings and brackets."""
+    depth = 0
+    for piece in _PIECE.finditer(text, position):
+        depth += (piece[0] in {"[", "{"}) - (piece[0] in {"]", "}"})
+        if piece[0] == "\n" and depth <= 0:
+            return piece.end()
+    return len(text)
+
+
+def _line_of(path: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:
+    return next((lines[path[:length]] for length in range(len(path), 0, -1) if path[:length] in lines), None)
+
+
+def dotted(path: KeyPath) -> str:
+    """Write a key path as TOML does: `kafka.properties."sasl.password"`, a list's item as `topics[0]`."""
+    bare = re.compile(r"[A-Za-z0-9_-]+")
+    names = (part if isinstance(part, int) or bare.fullmatch(part) else json.dumps(part) for part in path)
+    return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
+
+
+def _shown(path: Path) -> str:
+    """Write a path from the working directory where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)

@@ -1,0 +1,176 @@
+"""Connections to Postgres, the transaction that every write runs in, and the meaning of its errors.
+
+A connection is in autocommit mode and says BEGIN itself, together with the settings that a value's meaning depends on:
+a role's or a database's default would otherwise change what is stored. COMMIT is checked by its command tag, because
+Postgres answers COMMIT of a failed transaction with ROLLBACK and no error.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, LiteralString
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.conninfo import conninfo_to_dict
+
+from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected
+from consumerd.sqlstate import Next, next_step
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from consumerd.config import PostgresConfig
+
+CONNECTION_DEFAULTS: dict[str, str] = {
+    "connect_timeout": "10",
+    # A half-open connection was noticed after 11 s, or never; with these after 30 s at most.
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+    # After a failover one of several hosts is the primary; a write to a standby is refused.
+    "target_session_attrs": "read-write",
+}
+"""libpq parameters where the DSN says nothing (PostgreSQL documentation, 32.1.2)."""
+
+SESSION_DEFAULTS: dict[str, str] = {"lock_timeout": "10s"}
+"""Settings where `[postgres.settings]` says nothing: a locked table is an outage that can be seen, not a hang."""
+
+BEGIN = """\
+BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
+SELECT set_config('synchronous_commit',
+                  CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""
+
+_COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
+
+
+async def connect(config: PostgresConfig, application_name: str) -> AsyncConnection[Any]:
+    """Open a connection, secrets read afresh; raises Outage with the server's sentence."""
+    try:
+        dsn = config.dsn if isinstance(config.dsn, str) else config.dsn.read()
+        given = conninfo_to_dict(dsn)
+        if config.password is not None:
+            given["password"] = config.password.read()
+    except ConfigError as error:
+        raise Outage("postgres", str(error)) from error
+    except psycopg.ProgrammingError as error:
+        raise Halt("database", "postgres.dsn is not a connection string that libpq understands") from error
+    parameters: dict[str, Any] = {
+        **CONNECTION_DEFAULTS,
+        **given,
+        "application_name": application_name,
+        "client_encoding": "utf8",
+    }
+    try:
+        conn = await AsyncConnection.connect("", autocommit=True, prepare_threshold=None, **parameters)
+    except psycopg.Error as error:
+        # Also a wrong database or role: they have no SQLSTATE here, and may come right without us.
+        raise Outage("postgres", f"cannot connect to Postgres: {_one_line(error)}") from error
+    try:
+        for name, value in {**SESSION_DEFAULTS, **config.settings}.items():
+            await conn.execute("SELECT set_config(%s, %s, false)", [name, value])
+    except psycopg.Error as error:
+        await conn.close()
+        if error.sqlstate is not None and next_step(error.sqlstate) in {Next.HALT, Next.ISOLATE}:
+            raise Halt("database", f"[postgres.settings] {name}: {_one_line(error)}") from error
+        raise translate(error, conn) from error
+    return conn
+
+
+@asynccontextmanager
+async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> AsyncIterator[None]:
+    """Run a transaction; psycopg's errors leave it translated. A probe ends with ROLLBACK.
+
+    After anything but an error of psycopg or of ours (a cancelled task, above all) the connection is closed: its state
+    is unknown, and the server rolls back.
+    """
+    try:
+        await conn.execute(BEGIN)
+        yield
+        end = "ROLLBACK" if probe else "COMMIT"
+        cursor = await conn.execute(end)
+        if cursor.statusmessage != end:
+            raise Halt("bug", f"{end} was answered with {cursor.statusmessage}")
+    except psycopg.Error as error:
+        await _roll_back(conn)
+        raise translate(error, conn) from error
+    except ConsumerdError:
+        await _roll_back(conn)
+        raise
+    except BaseException:
+        await conn.close()
+        raise
+
+
+@asynccontextmanager
+async def errors_of(conn: AsyncConnection[Any]) -> AsyncIterator[None]:
+    """Translate psycopg's errors of what runs outside a transaction."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise translate(error, conn) from error
+
+
+def translate(error: psycopg.Error, conn: AsyncConnection[Any]) -> ConsumerdError:
+    """Return what an error of Postgres means to us, by its SQLSTATE."""
+    state = error.sqlstate
+    if state is None:
+        if conn.closed or conn.broken:
+            return Outage("postgres", f"the connection to Postgres was lost: {_one_line(error)}")
+        return Halt("bug", f"psycopg: {_one_line(error)}")
+    step = next_step(state)
+    if state == "23514" and error.diag.constraint_name is None:
+        step = Next.HALT  # no partition of the table takes the row: a partition is missing, not the row wrong
+    match step:
+        case Next.ISOLATE:
+            return Rejected(_refusal(error, state), _row(error))
+        case Next.HALT:
+            return Halt("database", f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
+        case _:
+            return Outage("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
+
+
+def _refusal(error: psycopg.Error, state: str) -> Refusal:
+    """Say why a row was refused, without the server's words: they hold values of the row."""
+    name = type(error).__name__
+    details = [
+        f"{label} {value}"
+        for label, value in (("constraint", error.diag.constraint_name), ("column", error.diag.column_name))
+        if value
+    ]
+    return Refusal(
+        reason="rejected",
+        stage="write",
+        error=f"psycopg.errors.{name}",
+        message=", ".join([f"refused by Postgres: {name}", *details]),
+        sqlstate=state,
+        column=error.diag.column_name,
+    )
+
+
+def _row(error: psycopg.Error) -> int | None:
+    """Return the position, from 0, of the row that COPY's error context names. A translated one names none to us."""
+    match = _COPY_LINE.search(error.diag.context or "")
+    return int(match[1]) - 1 if match else None
+
+
+def _one_line(error: psycopg.Error) -> str:
+    """Return the primary message alone: DETAIL and CONTEXT hold values of rows."""
+    return error.diag.message_primary or " ".join(str(error).split())
+
+
+async def _roll_back(conn: AsyncConnection[Any]) -> None:
+    with suppress(psycopg.Error):
+        await conn.execute("ROLLBACK")
+
+
+async def call(
+    conn: AsyncConnection[Any], query: sql.Composable | LiteralString, values: Mapping[str, Any] | None = None
+) -> list[tuple[Any, ...]]:
+    """Run one query outside the write path and return its rows; psycopg's errors leave it translated."""
+    async with errors_of(conn):
+        cursor = await conn.execute(query, values)
+        return await cursor.fetchall() if cursor.description else []

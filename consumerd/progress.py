@@ -1,0 +1,257 @@
+"""What a handler has done and what it is doing: the one source of its state, metrics, log lines and status.
+
+One line is logged for each change of state, none for a message. Counters move once a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from consumerd import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from consumerd.accumulator import Batch
+    from consumerd.errors import Halt, Source
+    from consumerd.types import Message, TopicPartition
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "waiting", "running", "stopping", "stopped", "halted"]
+
+RATE_WINDOW = 10.0
+"""Seconds over which rows/s is told."""
+LETTERS_INTERVAL = 10.0
+"""Seconds between two lines about dead letters: a steady trickle is not a line for each batch."""
+
+
+@dataclass(slots=True)
+class PartitionProgress:
+    """One leased partition: its checkpoint, and the Kafka timestamp of what was written last, in ms."""
+
+    checkpoint: int
+    last_timestamp: int = 0
+
+
+@dataclass(slots=True)
+class _Outage:
+    sentence: str
+    since: float
+
+
+@dataclass(slots=True)
+class Totals:
+    """Since the process began."""
+
+    consumed: int = 0
+    written: int = 0
+    dead_lettered: Counter[str] = field(default_factory=Counter)
+
+
+class Progress:
+    """State and counts of one handler."""
+
+    def __init__(self, handler: str) -> None:
+        self.handler = handler
+        self.state: State = "starting"
+        self.ready = False
+        """Whether the handler has joined its group; an empty assignment is ready."""
+        self.halted: Halt | None = None
+        self.totals = Totals()
+        self.partitions: dict[TopicPartition, PartitionProgress] = {}
+        self.high: dict[TopicPartition, int] = {}
+        self.last_error: str | None = None
+        self.last_commit: float | None = None
+        self._outages: dict[Source, _Outage] = {}
+        self._recent: deque[tuple[float, int]] = deque()
+        self._letters: Counter[str] = Counter()
+        self._letters_told = -LETTERS_INTERVAL
+        metrics.declare(handler)
+        self._show_state()
+
+    # Changes of state.
+
+    def to(self, state: State) -> None:
+        """Go to a state; a line in the log."""
+        if state != self.state:
+            self.state = state
+            self._show_state()
+            log.info(state, extra={"handler": self.handler})
+
+    def halt(self, halt: Halt) -> None:
+        """Note a halt: the one state that only a restart ends."""
+        self.halted, self.last_error, self.state, self.ready = halt, str(halt), "halted", False
+        self._outages.clear()
+        metrics.halts.labels(self.handler, halt.reason).inc()
+        self._show_state()
+        log.error("halted: %s", halt, extra={"handler": self.handler, "reason": halt.reason})
+
+    def outage(self, source: Source, sentence: str) -> None:
+        """Note an outage; a line when it begins or says something else."""
+        self.last_error = sentence
+        known = self._outages.get(source)
+        if known is None or known.sentence != sentence:
+            self._outages[source] = _Outage(sentence, known.since if known else time.monotonic())
+            log.warning("waiting: %s", sentence, extra={"handler": self.handler, "source": source})
+        if self.state in {"starting", "running"}:
+            self.to("waiting")
+
+    def recovered(self, *sources: str) -> None:
+        """Take outages back (all of them when none is named); a line for each that there was."""
+        for source in [source for source in self._outages if not sources or source in sources]:
+            seconds = time.monotonic() - self._outages.pop(source).since
+            log.info("recovered", extra={"handler": self.handler, "source": source, "seconds": round(seconds, 1)})
+        if self.state == "waiting" and not self._outages:
+            self.to("running" if self.ready else "starting")
+
+    def joined(self) -> None:
+        """Note that the group has let us in."""
+        if not self.ready:
+            self.ready = True
+            if self.state == "starting":
+                self.to("running")
+
+    def rebalanced(self, holds: int, **changes: Sequence[TopicPartition]) -> None:
+        """Note an assignment, a revocation or a loss."""
+        metrics.rebalances.labels(self.handler).inc()
+        metrics.partitions_assigned.labels(self.handler).set(holds)
+        what = {name: " ".join(map(str, partitions)) for name, partitions in changes.items()}
+        log.info("partitions changed", extra={"handler": self.handler, **what, "holds": holds})
+        if "assigned" in changes and not changes["assigned"]:
+            self.joined()
+
+    # What happens to messages.
+
+    def leased(self, partition: TopicPartition, offset: int) -> None:
+        """Note where a partition goes on."""
+        self.partitions[partition] = PartitionProgress(offset)
+        labels = (self.handler, partition.topic, str(partition.partition))
+        metrics.messages_consumed.labels(*labels)
+        metrics.rows_written.labels(*labels)
+
+    def released(self, partition: TopicPartition) -> None:
+        """Forget a partition, and its gauges: another member's are right from now on."""
+        self.high.pop(partition, None)
+        if self.partitions.pop(partition, None):
+            for gauge in (metrics.lag_messages, metrics.lag_seconds, metrics.checkpoint_offset):
+                try:
+                    gauge.remove(self.handler, partition.topic, str(partition.partition))
+                except KeyError:
+                    continue
+
+    def consumed(self, partition: TopicPartition, messages: int) -> None:
+        """Count messages received."""
+        self.totals.consumed += messages
+        metrics.messages_consumed.labels(self.handler, partition.topic, str(partition.partition)).inc(messages)
+
+    def taken(self, batches: Sequence[Batch]) -> None:
+        """Count batches taken to be written."""
+        for batch in batches:
+            metrics.flushes.labels(self.handler, batch.reason).inc()
+            metrics.batch_messages.labels(self.handler).observe(len(batch.messages))
+            metrics.batch_bytes.labels(self.handler).observe(batch.size)
+
+    def written(self, batch: Batch, seconds: float) -> None:
+        """Count a committed batch."""
+        now = time.time()
+        rows = len(batch.messages) - len(batch.refused)
+        self.totals.written += rows
+        self._recent.append((time.monotonic(), rows))
+        self.last_commit = now
+        partition = batch.partition
+        metrics.rows_written.labels(self.handler, partition.topic, str(partition.partition)).inc(rows)
+        for refusal in batch.refused.values():
+            self.totals.dead_lettered[refusal.reason] += 1
+            metrics.messages_dead_lettered.labels(self.handler, refusal.reason).inc()
+        metrics.batch_write_duration.labels(self.handler).observe(seconds)
+        metrics.last_commit_timestamp.labels(self.handler).set(now)
+        oldest = batch.messages[0].timestamp()[1] / 1000
+        if oldest > 0:
+            metrics.end_to_end_latency.labels(self.handler).observe(max(0.0, now - oldest))
+        if progress := self.partitions.get(partition):
+            progress.checkpoint = batch.next_offset
+            progress.last_timestamp = batch.messages[-1].timestamp()[1]
+        self._tell_letters(batch)
+
+    def _tell_letters(self, batch: Batch) -> None:
+        """Log what was dead-lettered since the last such line, if that is a while ago."""
+        self._letters.update(refusal.reason for refusal in batch.refused.values())
+        now = time.monotonic()
+        if self._letters and now - self._letters_told >= LETTERS_INTERVAL:
+            extra = {"handler": self.handler, "latest": str(batch.partition), "reasons": dict(self._letters)}
+            log.warning("dead-lettered", extra=extra)
+            self._letters.clear()
+            self._letters_told = now
+
+    # What others see.
+
+    def rate(self) -> float:
+        """Return rows/s over the last seconds."""
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < now - RATE_WINDOW:
+            self._recent.popleft()
+        return sum(rows for _, rows in self._recent) / RATE_WINDOW
+
+    def lag(self, oldest: Mapping[TopicPartition, Message | None]) -> dict[TopicPartition, tuple[int, float]]:
+        """Return messages and seconds that each partition is behind; sets the gauges.
+
+        Seconds are the age of the oldest message not yet written, as far as it was received; else of the last that was
+        written, as long as there are more.
+        """
+        now = time.time()
+        lags = {}
+        for partition, progress in self.partitions.items():
+            messages = max(0, self.high.get(partition, 0) - progress.checkpoint)
+            first = oldest.get(partition)
+            timestamp = first.timestamp()[1] if first else progress.last_timestamp if messages else 0
+            seconds = max(0.0, now - timestamp / 1000) if timestamp > 0 else 0.0
+            lags[partition] = messages, seconds
+            labels = (self.handler, partition.topic, str(partition.partition))
+            metrics.lag_messages.labels(*labels).set(messages)
+            metrics.lag_seconds.labels(*labels).set(seconds)
+            metrics.checkpoint_offset.labels(*labels).set(progress.checkpoint)
+        return lags
+
+    def status(self, oldest: Mapping[TopicPartition, Message | None]) -> dict[str, Any]:
+        """Return the handler's part of /status."""
+        lags = self.lag(oldest)
+        return {
+            "state": self.state,
+            "ready": self.ready,
+            "halt": {"reason": self.halted.reason, "message": str(self.halted)} if self.halted else None,
+            "waiting_for": {source: outage.sentence for source, outage in self._outages.items()},
+            "last_error": self.last_error,
+            "last_commit": self.last_commit,
+            "rows_per_second": round(self.rate(), 1),
+            "consumed": self.totals.consumed,
+            "written": self.totals.written,
+            "dead_lettered": dict(self.totals.dead_lettered),
+            "lag_messages": sum(messages for messages, _ in lags.values()),
+            "lag_seconds": round(max((seconds for _, seconds in lags.values()), default=0.0), 3),
+            "partitions": [
+                {
+                    "topic": partition.topic,
+                    "partition": partition.partition,
+                    "checkpoint": self.partitions[partition].checkpoint,
+                    "high_watermark": self.high.get(partition),
+                    "lag_messages": messages,
+                    "lag_seconds": round(seconds, 3),
+                }
+                for partition, (messages, seconds) in sorted(lags.items())
+            ],
+        }
+
+    def _show_state(self) -> None:
+        for state in metrics.STATES:
+            metrics.handler_state.labels(self.handler, state).set(state == self.state)
+
+
+def total_lag(lags: Iterable[tuple[int, float]]) -> tuple[int, float]:
+    """Return all messages and the largest age of partitions' lags."""
+    lags = list(lags)
+    return sum(messages for messages, _ in lags), max((seconds for _, seconds in lags), default=0.0)

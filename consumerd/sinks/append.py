@@ -1,0 +1,35 @@
+"""append: each message is a new row, by COPY straight into the table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from psycopg import sql
+
+from consumerd.sinks.copy import Packer, copy, copy_statement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from psycopg import AsyncConnection
+
+    from consumerd.catalog import Column, Table
+
+
+class Append:
+    """Rows are never updated: what a unique index refuses is a dead letter."""
+
+    def __init__(self, table: Table, columns: tuple[Column, ...]) -> None:
+        self._packer = Packer(column.oid for column in columns)
+        self._statement = copy_statement(sql.SQL(table.identifier), (column.name for column in columns))  # type: ignore[arg-type]
+
+    async def prepare(self, conn: AsyncConnection[Any]) -> None:
+        """Need nothing."""
+
+    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> bytearray:  # noqa: ARG002
+        """Return rows as COPY data."""
+        return self._packer.pack(rows)
+
+    async def write(self, conn: AsyncConnection[Any], data: bytearray, rows: int, first: int = 0) -> None:  # noqa: ARG002
+        """Copy the rows into the table."""
+        await copy(conn, self._statement, data, rows)

@@ -1,0 +1,27 @@
+"""What a sink is: it takes the rows of one batch inside an open transaction, or raises.
+
+A sink neither begins nor commits; it runs after the checkpoint was set in the same transaction. What it raises are
+psycopg's errors, translated by whoever opened the transaction.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from psycopg import AsyncConnection
+
+
+class Sink(Protocol):
+    """One way to write rows into a table."""
+
+    async def prepare(self, conn: AsyncConnection[Any]) -> None:
+        """Make what a session needs; once for each connection, outside a transaction."""
+
+    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> bytearray:
+        """Return rows as COPY data; raises Rejected for a row that has no such form. `first` numbers the first row."""
+
+    async def write(self, conn: AsyncConnection[Any], data: bytearray, rows: int, first: int = 0) -> None:
+        """Write packed rows; those written before in the same transaction are left alone."""

@@ -1,0 +1,71 @@
+"""Rows as the data of a binary COPY.
+
+Binary COPY applies no cast: each value must be in its column's own form, and a number too large wraps silently. So the
+dumpers are fixed by the columns' types, and ranges were checked in the decode. psycopg's compiled row formatter is
+used directly (`Copy.write_row` calls the same function for each row, but is a coroutine and needs an open COPY): a
+batch is packed before its transaction begins. The formatter is private to psycopg, which is pinned for that reason.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from psycopg import sql
+from psycopg._copy_base import format_row_binary
+from psycopg.adapt import Transformer
+from psycopg.pq import Format
+
+from consumerd.errors import Halt, Refusal, Rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from psycopg import AsyncConnection
+
+SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+TRAILER = b"\xff\xff"
+
+JSONB_OID, BYTEA_OID = 3802, 17
+"""jsonb comes as bytes in its binary form already; bytea's dumper passes bytes on."""
+
+
+class Packer:
+    """Packs rows whose columns have the given type oids."""
+
+    def __init__(self, oids: Iterable[int]) -> None:
+        self._transformer = Transformer(None)
+        self._transformer.set_dumper_types([BYTEA_OID if oid == JSONB_OID else oid for oid in oids], Format.BINARY)
+
+    def pack(self, rows: Iterable[Sequence[Any]]) -> bytearray:
+        """Return COPY data; raises Rejected naming the first row that has no binary form."""
+        data = bytearray(SIGNATURE)
+        transformer = self._transformer
+        packed = 0
+        try:
+            for row in rows:
+                format_row_binary(row, transformer, data)
+                packed += 1
+        except Exception as error:
+            name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+            text = "a value has no binary form in Postgres"
+            raise Rejected(Refusal(reason="range", stage="write", error=name, message=text), packed) from error
+        data += TRAILER
+        return data
+
+
+async def copy(conn: AsyncConnection[Any], statement: sql.Composed, data: bytearray, rows: int) -> None:
+    """Send packed rows; halts when Postgres counted fewer (a trigger that drops rows would lose them silently)."""
+    async with conn.cursor() as cursor:
+        async with cursor.copy(statement) as copying:
+            await copying.write(data)
+        if cursor.rowcount != rows:
+            raise Halt(
+                "table",
+                f"Postgres stored {cursor.rowcount} of {rows} rows: a trigger drops rows; disable it, or let it raise",
+            )
+
+
+def copy_statement(table: sql.Composable, columns: Iterable[str]) -> sql.Composed:
+    """Return COPY ... FROM STDIN for the columns."""
+    names = sql.SQL(", ").join(map(sql.Identifier, columns))
+    return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table, names)

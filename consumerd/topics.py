@@ -1,0 +1,139 @@
+"""What the brokers know of topics: which exist, their ids and settings; and the dead-letter topic's fitness.
+
+Blocking calls of librdkafka, run in threads of the event loop's pool. With `kafka.admin = false` (librdkafka's mock
+cluster answers no admin calls) topic ids are unknown and the dead-letter topic's settings are not looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from confluent_kafka import KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+
+from consumerd.errors import Halt, Outage
+from consumerd.kafka import client_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from consumerd.config import DeadLetterConfig, KafkaConfig
+
+CALL_TIMEOUT = 10.0
+"""Seconds for one call."""
+
+LETTER_HEADROOM = 64 * 1024
+"""Bytes by which a letter may be larger than its message: the headers that say why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topic:
+    """A topic as the brokers know it; `topic_id` None: not asked for."""
+
+    name: str
+    partitions: int
+    topic_id: str | None
+
+
+class Topics:
+    """Admin calls with one client."""
+
+    def __init__(self, kafka: KafkaConfig) -> None:
+        self._kafka = kafka
+        self._admin = AdminClient(client_config(kafka))
+
+    async def find(self, patterns: Iterable[str], never: Iterable[str]) -> dict[str, Topic]:
+        """Return the topics that are named, or match a pattern (`^...`); raises Halt when a named one is missing.
+
+        `never` are the dead-letter topics of all handlers: no pattern takes them.
+        """
+        there = await self._call(self._partitions)
+        named = [name for name in patterns if not name.startswith("^")]
+        missing = [name for name in named if name not in there]
+        if missing:
+            raise Halt(
+                "topic",
+                f"topic {', '.join(missing)} does not exist; make it: kafka-topics --create --topic {missing[0]} "
+                f"--partitions 6 --bootstrap-server {self._kafka.bootstrap_servers}; or correct `topics`",
+            )
+        matching = [re.compile(pattern) for pattern in patterns if pattern.startswith("^")]
+        matched = {name for name in there if any(pattern.search(name) for pattern in matching)}
+        names = sorted({*named, *(matched - set(never))})
+        if not names:
+            raise Halt("topic", f"no topic matches {', '.join(patterns)}: correct `topics`, or make the topic")
+        ids = await self._call(self._ids, names) if self._kafka.admin else {}
+        return {name: Topic(name=name, partitions=there[name], topic_id=ids.get(name)) for name in names}
+
+    async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> None:
+        """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt."""
+        there = await self._call(self._partitions)
+        largest = await self._largest_message(sources) if self._kafka.admin else None
+        if config.topic not in there:
+            command = (
+                f"kafka-topics --create --topic {config.topic} --config retention.ms=-1 --config "
+                f"max.message.bytes={largest or 'N'} --bootstrap-server {self._kafka.bootstrap_servers}"
+            )
+            if not config.create:
+                raise Halt(
+                    "dead_letter",
+                    f"dead-letter topic {config.topic} does not exist; make it: {command}; or set "
+                    f"`dead_letter.create = true`",
+                )
+            await self._call(self._create, config, largest)
+        elif largest is not None:
+            _check(config.topic, await self._call(self._settings, config.topic), largest)
+
+    async def _largest_message(self, sources: Iterable[str]) -> int:
+        settings = [await self._call(self._settings, source) for source in sources]
+        return max(int(setting["max.message.bytes"]) for setting in settings) + LETTER_HEADROOM
+
+    async def _call(self, function: Any, *values: Any) -> Any:
+        try:
+            return await asyncio.to_thread(function, *values)
+        except KafkaException as error:
+            raise Outage("kafka", f"Kafka: {error.args[0].str()}") from error
+
+    def _partitions(self) -> dict[str, int]:
+        metadata = self._admin.list_topics(timeout=CALL_TIMEOUT)
+        return {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.error is None}
+
+    def _ids(self, names: list[str]) -> dict[str, str]:
+        futures = self._admin.describe_topics(TopicCollection(names), request_timeout=CALL_TIMEOUT)
+        return {name: str(future.result(CALL_TIMEOUT).topic_id) for name, future in futures.items()}
+
+    def _settings(self, topic: str) -> dict[str, str]:
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+        (future,) = self._admin.describe_configs([resource], request_timeout=CALL_TIMEOUT).values()
+        return {name: entry.value for name, entry in future.result(CALL_TIMEOUT).items()}
+
+    def _create(self, config: DeadLetterConfig, largest: int | None) -> None:
+        settings = {"cleanup.policy": "delete", "retention.ms": str(config.retention_ms)}
+        if config.retention_ms >= 0:
+            settings["message.timestamp.type"] = "LogAppendTime"
+        if largest is not None:
+            settings["max.message.bytes"] = str(largest)
+        topic = NewTopic(config.topic, config.partitions, config.replication, config=settings)
+        (future,) = self._admin.create_topics([topic], request_timeout=CALL_TIMEOUT).values()
+        future.result(CALL_TIMEOUT)
+
+
+def _check(topic: str, settings: Mapping[str, str], largest: int) -> None:
+    """Refuse a dead-letter topic that drops letters: all that is wrong with it in one sentence."""
+    wrong = []
+    if settings["cleanup.policy"] != "delete":
+        wrong.append(("cleanup.policy", "delete", "a compacted topic keeps one letter for each key"))
+    if settings["retention.ms"] != "-1" and settings["message.timestamp.type"] != "LogAppendTime":
+        wrong.append(("retention.ms", "-1", "letters keep their original timestamps, so old ones expire at once"))
+    if int(settings["max.message.bytes"]) < largest:
+        wrong.append(("max.message.bytes", str(largest), "the largest messages would not fit with their headers"))
+    if wrong:
+        reasons = "; ".join(f"{name} is {settings[name]}: {why}" for name, _, why in wrong)
+        change = ",".join(f"{name}={value}" for name, value, _ in wrong)
+        raise Halt(
+            "dead_letter",
+            f"dead-letter topic {topic} would lose letters: {reasons}; type: kafka-configs --alter --topic {topic} "
+            f"--add-config {change}",
+        )

@@ -1,0 +1,28 @@
+"""The words that all modules share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+
+class TopicPartition(NamedTuple):
+    """One partition of one topic."""
+
+    topic: str
+    partition: int
+
+    def __str__(self) -> str:
+        """As Kafka's own tools write it: `orders:3`."""
+        return f"{self.topic}:{self.partition}"
+
+
+class Message(Protocol):
+    """What the path needs of a consumed message (`confluent_kafka.Message` has it)."""
+
+    def __len__(self) -> int: ...
+    def key(self) -> bytes | None: ...
+    def value(self) -> bytes | None: ...
+    def offset(self) -> int: ...
+    def leader_epoch(self) -> int | None: ...
+    def timestamp(self) -> tuple[int, int]: ...
+    def headers(self) -> list[tuple[str, bytes | None]] | None: ...
