@@ -55,6 +55,7 @@ class Batch:
 
     @property
     def first_offset(self) -> int:
+        """The offset of the first message."""
         return self.messages[0].offset()
 
     @property
@@ -97,13 +98,14 @@ class Accumulator:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._queues: dict[TopicPartition, _Queue] = {}
-        self._messages = 0
+        self.messages = 0
+        """Messages held, batches that are out included."""
         self._size = 0
 
     @property
     def memory(self) -> int:
         """Bytes of memory held, batches that are out included: what `max_buffered` bounds."""
-        return self._size + MESSAGE_OVERHEAD * self._messages
+        return self._size + MESSAGE_OVERHEAD * self.messages
 
     def open(self, partition: TopicPartition) -> None:
         """Accept messages of a partition from now on."""
@@ -116,7 +118,7 @@ class Accumulator:
         queue.chunks.append(_Chunk(messages, size, now))
         queue.messages += len(messages)
         queue.size += size
-        self._messages += len(messages)
+        self.messages += len(messages)
         self._size += size
         return queue.out is None and (
             queue.messages >= self._bounds.max_messages or queue.size >= self._bounds.max_bytes
@@ -157,14 +159,14 @@ class Accumulator:
         queue = self._queues.get(batch.partition)
         if queue is not None and queue.out is batch:
             queue.out = None
-            self._messages -= len(batch.messages)
+            self.messages -= len(batch.messages)
             self._size -= batch.size
 
     def close(self, partitions: Iterable[TopicPartition]) -> None:
         """Drop partitions with all that they hold, a batch that is out included."""
         for partition in partitions:
             if queue := self._queues.pop(partition, None):
-                self._messages -= queue.messages + (len(queue.out.messages) if queue.out else 0)
+                self.messages -= queue.messages + (len(queue.out.messages) if queue.out else 0)
                 self._size -= queue.size + (queue.out.size if queue.out else 0)
 
     def next_due(self) -> float | None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, LiteralString, cast
 import msgspec
 from psycopg import sql
 
-from consumerd.errors import Halt
 from consumerd import postgres
+from consumerd.errors import Halt
 from consumerd.postgres import call
 from consumerd.types import TopicPartition
 
@@ -105,7 +105,8 @@ RETURNING 1"""
 
 _READ = """\
 SELECT topic, partition, epoch, next_offset FROM {schema}.checkpoint
-WHERE group_id = %(group)s AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
+WHERE group_id = %(group)s
+  AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
 
 class Stamp(msgspec.Struct, frozen=True, kw_only=True, rename={"version": "v"}):
@@ -144,7 +145,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Where a partition goes on. start: by the configured `start`, or the log's start when `late`. note: for the log."""
+    """Where a partition goes on; start: by the configured `start`, or at its log's start when `late`."""
 
     kind: Literal["start", "resume", "adopt"]
     offset: int | None = None
@@ -179,8 +180,15 @@ def decode_stamp(metadata: str | None) -> Stamp | None:
         return None
 
 
-def decide(  # noqa: C901, PLR0911, PLR0912 - one branch for each row of the table that it is
-    partition: TopicPartition, stored: Stored, committed: Committed, *, store: str, group: str, topic_id: str | None, target: str
+def decide(  # noqa: C901, PLR0911, PLR0913 - one branch for each row of the table that it is
+    partition: TopicPartition,
+    stored: Stored,
+    committed: Committed,
+    *,
+    store: str,
+    group: str,
+    topic_id: str | None,
+    target: str,
 ) -> Decision:
     """Settle who wins at an assignment, the checkpoint (C) or Kafka's committed offset (K); raises Halt.
 
@@ -191,8 +199,8 @@ def decide(  # noqa: C901, PLR0911, PLR0912 - one branch for each row of the tab
     if stored.target != target:
         raise Halt(
             "checkpoint",
-            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` to "
-            f"a new name to start over, or `table.name` back",
+            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` "
+            f"to a new name to start over, or `table.name` back",
         )
     if stamp is not None and (stamp.store != store or stamp.group != group):
         raise Halt(
@@ -214,8 +222,9 @@ def decide(  # noqa: C901, PLR0911, PLR0912 - one branch for each row of the tab
             return Decision(kind="adopt", offset=offset, note=f"adopts the offset {offset} committed in Kafka")
         raise Halt(
             "checkpoint",
-            f"group {group} committed {partition} up to {offset} from a checkpoint that this database does not have: "
-            f"it was restored or emptied; restore {target} and its checkpoint together, or set `group_id` to a new name",
+            f"group {group} committed {partition} up to {offset} from a checkpoint that this database does not "
+            f"have: it was restored or emptied; restore {target} and its checkpoint together, or set `group_id` to a "
+            f"new name",
         )
     here = stored.next_offset
     if offset is None:
@@ -267,11 +276,12 @@ class Checkpoints:
         """Raise the epoch of partitions, and return their checkpoints; `counts` are the topics' partitions in Kafka."""
         others = await call(conn, self._sql(_OTHER_GROUP), self._keys(partitions))
         if others:
+            ((other,),) = others
             raise Halt(
                 "checkpoint",
-                f"{self.target} is written from {partitions[0].topic} by group {others[0][0]}, and group {self.group} "
-                f"has no checkpoint: a renamed handler; set `group_id = \"{others[0][0]}\"` to go on with its checkpoint, "
-                f"or DELETE FROM consumerd.checkpoint WHERE group_id = '{others[0][0]}' to start over",
+                f"group {other} writes {partitions[0].topic} to {self.target} already, and group {self.group} has no "
+                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or forget it: '
+                f"delete its rows from {self._schema.as_string()}.checkpoint",
             )
         values = {"topics": list(counts), "counts": list(counts.values()), "group": self.group, "target": self.target}
         await call(conn, self._sql(_APPEAR), values)

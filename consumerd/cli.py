@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 import uvloop
@@ -136,6 +135,6 @@ def _complete(coroutine: Coroutine[Any, Any, T]) -> T:
         _fail(str(error), EXIT_FAILED)
 
 
-def _fail(sentence: str, code: int) -> Any:
+def _fail(sentence: str, code: int) -> NoReturn:
     typer.echo(sentence, err=True)
     raise typer.Exit(code)

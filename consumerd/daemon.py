@@ -58,7 +58,7 @@ class Daemon:
         """Return what /status shows; sets the gauges that are computed when somebody looks."""
         handlers = {}
         for member in self._members:
-            handlers[member.handler.name] = member.progress.status(member.lags())
+            handlers[member.handler.name] = member.progress.status(member.unwritten())
             metrics.buffered_bytes.labels(member.handler.name).set(member.memory())
             metrics.buffer_limit_bytes.labels(member.handler.name).set(member.bound)
         return {"version": __version__, "pid": os.getpid(), "started": self._started, "handlers": handlers}
@@ -103,7 +103,7 @@ class Daemon:
         while True:
             await asyncio.sleep(self._config.log.heartbeat)
             for member in self._members:
-                lag, seconds = total_lag(member.progress.lag(member.lags()).values())
+                lag, seconds = total_lag(member.progress.lag(member.unwritten()).values())
                 extra = {
                     "handler": member.handler.name,
                     "state": member.progress.state,

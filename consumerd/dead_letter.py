@@ -8,15 +8,15 @@ source topic, partition and offset identify it. The timestamp is the message's o
 from __future__ import annotations
 
 import asyncio
-import datetime
+import datetime as dt
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import confluent_kafka as ck
 from confluent_kafka import KafkaError, KafkaException
 
+from consumerd.brokers import client_config
 from consumerd.errors import Halt, Outage
-from consumerd.kafka import client_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -93,7 +93,7 @@ class DeadLetters:
         message, refusal = batch.messages[position], batch.refused[position]
         kind, timestamp = message.timestamp()
 
-        def delivered(error: KafkaError | None, _: Any) -> None:
+        def delivered(error: KafkaError | None, _: ck.Message) -> None:
             batch.on_their_way.discard(position)
             if error is None:
                 batch.lettered.add(position)
@@ -125,11 +125,14 @@ class DeadLetters:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return Halt(
                 "dead_letter",
-                f"a letter of {batch.partition} (offsets {batch.first_offset}..{batch.next_offset - 1}) is too large for "
-                f"{topic}; type: kafka-configs --alter --topic {topic} --add-config max.message.bytes=N, then restart",
+                f"a letter of {batch.partition} (offsets {batch.first_offset}..{batch.next_offset - 1}) is too large "
+                f"for {topic}; type: kafka-configs --alter --topic {topic} --add-config max.message.bytes=N and "
+                f"restart",
             )
         if error.code() in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}:
-            return Halt("dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it, then restart")
+            return Halt(
+                "dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it, then restart"
+            )
         return Outage("dead_letter", f"dead-letter topic {topic}: {error.str()}")
 
     def _new_producer(self) -> ck.Producer:
@@ -148,9 +151,7 @@ class DeadLetters:
 def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Refusal) -> Headers:
     """Return the headers of a letter: the message's own, and Kafka Connect's names and ours in place of older ones."""
     own = [
-        (name, value)
-        for name, value in message.headers() or []
-        if not name.startswith((CONNECT_PREFIX, OUR_PREFIX))
+        (name, value) for name, value in message.headers() or [] if not name.startswith((CONNECT_PREFIX, OUR_PREFIX))
     ]
     kind, timestamp = message.timestamp()
     ours: Iterable[tuple[str, str | None]] = (
@@ -167,7 +168,7 @@ def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Ref
         (f"{OUR_PREFIX}sqlstate", refusal.sqlstate),
         (f"{OUR_PREFIX}column", refusal.column),
         (f"{OUR_PREFIX}timestamp", str(timestamp) if kind != ck.TIMESTAMP_NOT_AVAILABLE else None),
-        (f"{OUR_PREFIX}failed_at", datetime.datetime.now(datetime.UTC).isoformat()),
+        (f"{OUR_PREFIX}failed_at", dt.datetime.now(dt.UTC).isoformat()),
         (f"{OUR_PREFIX}attempt", str(_attempt(message))),
     )
     return own + [(name, value.encode()) for name, value in ours if value is not None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from consumerd.catalog import SUPPORTED
-from consumerd.errors import Halt, Refusal
+from consumerd.errors import Halt, Poison, Refusal
 from consumerd.formats import json
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Encoder:
                 continue
             try:
                 rows.append(self._decode(value))
-            except (ValueError, RecursionError, json.Poison) as error:
+            except (ValueError, RecursionError, Poison) as error:
                 batch.refused[position] = json.refusal(error)
             else:
                 positions.append(position)
@@ -94,13 +94,17 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
             if name in known
         )
     problems += [
-        f"column {field.column.name} of {table.name} is {field.column.type_name}, which is not supported yet; supported: "
-        f"{', '.join(SUPPORTED.values())}. List the other columns under [columns] to leave it out"
+        f"column {field.column.name} of {table.name} is {field.column.type_name}, which is not supported yet; "
+        f"supported: {', '.join(SUPPORTED.values())}. List the other columns under [columns] to leave it out"
         for field in fields
         if field.column.oid not in SUPPORTED
     ]
     names = {field.column.name for field in fields}
-    problems += [f"key column {name!r} of table {table.name} is not among the columns" for name in handler.table.key if name not in names]
+    problems += [
+        f"key column {name!r} of table {table.name} is not among the columns"
+        for name in handler.table.key
+        if name not in names
+    ]
     if handler.table.write == "upsert" and not problems and frozenset(handler.table.key) not in table.unique:
         key = ", ".join(f'"{name}"' for name in handler.table.key)
         problems.append(

@@ -1,3 +1,4 @@
+# ruff: noqa: N818 - the names say what happens next, which a suffix would not
 """Every error of the daemon, named by what happens next.
 
 Whoever raises one has decided what to do about it; whoever catches one does exactly that. The map from a

@@ -44,7 +44,7 @@ class HttpServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
                 """Say nothing: a line for each scrape is noise."""
 
         try:

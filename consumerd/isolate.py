@@ -9,6 +9,7 @@ caller rolls back: nothing found here counts unless the checkpoint stood where i
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -37,7 +38,7 @@ async def isolate(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[A
             refused[start] = rejected.refusal
             continue
         cuts = _cuts(start, end, rejected.row)
-        pieces += reversed([(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b])
+        pieces += reversed([(a, b) for a, b in pairwise(cuts) if a < b])
     return refused
 
 

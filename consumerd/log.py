@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class TextFormatter(logging.Formatter):
         """Return one line, with a traceback below it if there is one."""
         given = fields(record)
         who = given.pop("handler", None)
-        clock = datetime.datetime.fromtimestamp(record.created, datetime.UTC).astimezone().strftime("%H:%M:%S")
+        clock = dt.datetime.fromtimestamp(record.created, dt.UTC).astimezone().strftime("%H:%M:%S")
         parts = [clock, record.levelname.lower(), *([f"{who}:"] if who else []), record.getMessage()]
         parts += [f"{name}={value}" for name, value in given.items()]
         line = " ".join(parts)
@@ -52,7 +52,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return one line."""
         entry = {
-            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "time": dt.datetime.fromtimestamp(record.created, dt.UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

@@ -1,8 +1,8 @@
-"""One handler as a member of its consumer group: what it holds, and everything that changes that.
+"""One handler as a member of its consumer group, from start to stop or halt.
 
-The thread that owns the Consumer (`kafka.py`) tells it of assignments, messages and revocations; writers take work
-from it. A partition is assigned, then claimed (its checkpoint's epoch raised), then placed (who wins, checkpoint or
-Kafka: `checkpoint.decide`), and only then delivered. From there on its lease says what the next write expects.
+Here everything that happens to a handler meets: the thread that owns the Consumer (`kafka.py`) tells of assignments,
+messages and revocations; `assignment.py` turns assigned partitions into leased ones; writers (`writer.py`) take work
+and report what was written. A halt ends this handler alone: it leaves its group and frees its buffers.
 """
 
 from __future__ import annotations
@@ -11,63 +11,56 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import tenacity
 
 from consumerd import catalog, metrics, postgres
-from consumerd.accumulator import Accumulator, Batch, Bounds
+from consumerd.accumulator import Accumulator, Bounds
+from consumerd.assignment import Assignment
 from consumerd.breaker import Breaker
-from consumerd.checkpoint import (
-    Checkpoints,
-    Committed,
-    Decision,
-    Lease,
-    Stamp,
-    Stored,
-    decide,
-    decode_stamp,
-    ensure_schema,
-)
+from consumerd.brokers import consumer_config
+from consumerd.checkpoint import Checkpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
 from consumerd.encode import Encoder
 from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage
-from consumerd.kafka import Chunk, Commit, ConsumerThread, Found, consumer_config, gap
+from consumerd.kafka import ConsumerThread
 from consumerd.progress import Progress
 from consumerd.sinks.append import Append
 from consumerd.sinks.upsert import Upsert
-from consumerd.topics import Topic, Topics
-from consumerd.writer import Work, Writer
+from consumerd.topics import Topics
+from consumerd.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from psycopg import AsyncConnection
 
+    from consumerd.accumulator import Batch, FlushReason
     from consumerd.config import Config, HandlerConfig
     from consumerd.errors import Refusal
+    from consumerd.kafka import Chunk
     from consumerd.sinks.base import Sink
-    from consumerd.types import TopicPartition
+    from consumerd.types import Message, TopicPartition
+    from consumerd.writer import Work
 
 log = logging.getLogger(__name__)
 
 LIBRDKAFKA_SHARE = 0.5
 """Share of a handler's memory for librdkafka's queues; the rest is for what is gathered and in flight."""
+BATCHES_PER_CONNECTION = 2
+"""Full batches to hold for each connection: the one being written, and the next. More is memory for nothing."""
 PRESSURE = 0.8
-"""Share of the bound from which on everything gathered is written at once."""
+"""Share of the buffer from which on everything gathered is written at once."""
 FLUSH_SHARE = 0.5
 """Share of a revoke's deadline in which gathered messages are still begun to be written."""
-RECLAIM_AFTER = 10.0
-"""Seconds after which a partition that another member claimed, and that is assigned here still, is claimed again: that
-member was a zombie that had not heard of its loss, and has by then."""
-ADOPT_TIMEOUT = 10.0
-"""Seconds to wait for the acknowledgement of a commit that adopts an operator's offset."""
-WRITE_PRIVILEGES = {"append": ("INSERT",), "upsert": ("INSERT", "UPDATE", "SELECT")}
+TIMER_SLACK = 0.001
+"""Seconds by which the timer for a batch's age is late rather than early."""
+PRIVILEGES = {"append": ("INSERT",), "upsert": ("INSERT", "UPDATE", "SELECT")}
 
 
 class Member:
-    """One handler, from start to stop or halt."""
+    """One handler, and all that belongs to it."""
 
     def __init__(self, config: Config, handler: HandlerConfig, memory: int) -> None:
         self.config = config
@@ -80,23 +73,15 @@ class Member:
         self.checkpoints: Checkpoints
         self.bound = int(memory * (1 - LIBRDKAFKA_SHARE))
         self._queue_memory = memory - self.bound
+        self._enough = BATCHES_PER_CONNECTION * handler.max_connections * handler.batch.max_messages
+        batch = handler.batch
         self._batches = Accumulator(
-            Bounds(
-                max_messages=handler.batch.max_messages,
-                max_bytes=handler.batch.max_bytes,
-                max_age=handler.batch.max_age,
-            )
+            Bounds(max_messages=batch.max_messages, max_bytes=batch.max_bytes, max_age=batch.max_age)
         )
-        self._topics: dict[str, Topic] = {}
-        self._store = ""
+        self._assignment: Assignment
+        self._positions: dict[TopicPartition, int] = {}
         self._thread: ConsumerThread | None = None
         self._writers: list[Writer] = []
-        self._assigned: set[TopicPartition] = set()
-        self._leases: dict[TopicPartition, Lease] = {}
-        self._positions: dict[TopicPartition, int] = {}
-        self._to_claim: asyncio.Queue[TopicPartition] = asyncio.Queue()
-        self._claiming = asyncio.Lock()
-        self._started: set[TopicPartition] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
@@ -105,7 +90,7 @@ class Member:
     # The handler's life.
 
     async def run(self) -> None:
-        """Run until cancelled or halted. A halt ends this handler alone."""
+        """Run until cancelled or halted."""
         try:
             await self._retry(self._start)
             async with asyncio.TaskGroup() as tasks:
@@ -114,7 +99,7 @@ class Member:
                 tasks.create_task(self._fail(), name=f"{name}: failure")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
-        except (ConsumerdError, ExceptionGroup) as error:
+        except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
             await self._halt(_first_halt(error))
 
     async def drain(self, deadline: float) -> bool:
@@ -122,10 +107,10 @@ class Member:
         if self.progress.state == "halted" or self._thread is None:
             return True
         self.progress.to("stopping")
-        await self._thread.stop_delivery(self._assigned)
-        drained = await self._flush(list(self._leases), "drain", deadline)
+        await self._thread.stop_delivery()
+        drained = await self._flush(list(self._assignment.leases), "drain", deadline)
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(max(deadline, _now() + 1)):
+            async with asyncio.timeout_at(max(deadline, time.monotonic() + 1)):
                 await self._thread.close()
         await asyncio.to_thread(self.letters.close)
         self.progress.to("stopped")
@@ -134,22 +119,30 @@ class Member:
     async def _start(self) -> None:
         """Look at everything that must be there before the first message; raises Halt with what to type."""
         topics = Topics(self.config.kafka)
-        never = [handler.dead_letter.topic for handler in self.config.handlers]
-        self._topics = await topics.find(self.handler.topics, never)
-        await topics.ensure_dead_letter(self.handler.dead_letter, self._topics)
+        found = await topics.find(self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers])
+        await topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
             await ensure_schema(conn, self.config.postgres.schema_name)
             await self._load_table(conn)
-            self._store = await self.checkpoints.store(conn)
+            target = self.encoder.table.identifier
+            self.checkpoints = Checkpoints(self.config.postgres.schema_name, self.handler.group_id, target)
+            store = await self.checkpoints.store(conn)
         finally:
             await conn.close()
-        partitions = sum(topic.partitions for topic in self._topics.values())
+        partitions = sum(topic.partitions for topic in found.values())
         settings = consumer_config(self.config.kafka, self.handler.group_id, self._queue_memory, partitions)
-        self._thread = ConsumerThread(settings, sorted(self._topics), self.bound, self, self.handler.name)
         self._writers = [Writer(self) for _ in range(self.handler.max_connections)]
+        self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name)
+        self._assignment = Assignment(
+            self.handler, topics=found, store=store, checkpoints=self.checkpoints, thread=self._thread
+        )
         self._thread.start()
         self.recovered()
+
+    async def _claim_forever(self) -> None:
+        while True:
+            await self._retry(self._claim, await self._assignment.next_to_claim())
 
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""
@@ -158,12 +151,12 @@ class Member:
     async def _halt(self, halt: Halt) -> None:
         """Leave the group, free the buffers, and say why; the daemon and its other handlers go on."""
         self.progress.halt(halt)
-        self._release(list(self._assigned))
         if self._thread is not None:
+            self._release(list(self._assignment.leases))
             await self._thread.close()
         await asyncio.to_thread(self.letters.close)
 
-    async def _retry(self, function: Any, *values: Any) -> None:
+    async def _retry(self, function: Callable[..., Awaitable[None]], *values: object) -> None:
         """Run until it succeeds; outages are retried for ever, visibly."""
         retry = self.handler.retry
         retrying = tenacity.AsyncRetrying(
@@ -178,18 +171,17 @@ class Member:
     async def next_work(self) -> Work:
         """Wait for batches that are due; each comes with its partition's lease."""
         while True:
-            now = _now()
-            batches = self._batches.take(now, pressure=self._batches.memory > self.bound * PRESSURE)
+            batches = self._batches.take(time.monotonic(), pressure=self._under_pressure())
             if batches:
                 self.progress.taken(batches)
-                return [(batch, self._leases[batch.partition]) for batch in batches]
+                return [(batch, self._assignment.leases[batch.partition]) for batch in batches]
             self._wake.clear()
             self._set_timer()
             await self._wake.wait()
 
     def holds(self, batch: Batch, lease: Lease) -> bool:
         """Whether a batch is still to be written: its partition is leased as it was, and it is not written yet."""
-        return self._leases.get(batch.partition) is lease and lease.next_offset <= batch.first_offset
+        return self._assignment.leases.get(batch.partition) is lease and lease.next_offset <= batch.first_offset
 
     def written(self, work: Work, seconds: float) -> None:
         """Take note of a committed write: leases move, memory is freed, Kafka is told in a while."""
@@ -198,50 +190,43 @@ class Member:
             lease.next_offset = batch.next_offset
             lease.max_offset = max(lease.max_offset, batch.next_offset)
             self._batches.done(batch)
-            if self._leases.get(batch.partition) is lease:
-                commits.append(self._commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
+            if self._assignment.leases.get(batch.partition) is lease:
+                commits.append(self._assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
             self.progress.written(batch, seconds)
-        if self._thread is not None:
-            self._thread.commit(commits)
+        self._assignment.commit(commits)
         self.recovered("postgres", "dead_letter")
         self._settled.set()
 
     def isolated(self, batch: Batch, refused: dict[int, Refusal]) -> None:
         """Take note of rows that Postgres refused."""
         metrics.isolations.labels(self.handler.name).inc()
-        log.debug(
-            "Postgres refused rows of a batch",
-            extra={"handler": self.handler.name, "partition": str(batch.partition), "refused": len(refused)},
-        )
+        extra = {"handler": self.handler.name, "partition": str(batch.partition), "refused": len(refused)}
+        log.debug("Postgres refused rows of a batch", extra=extra)
 
     async def read_back(self, conn: AsyncConnection[Any], batch: Batch, lease: Lease) -> None:
         """Learn from the checkpoint why a write of this batch was fenced.
 
         Our own commit may have landed though its acknowledgement was lost; Postgres may have gone back; or another
-        member has claimed the partition.
+        member has claimed the partition. Reading again is never claiming again.
         """
         partition = batch.partition
         epoch, offset = (await self.checkpoints.read(conn, [partition])).get(partition, (None, None))
-        if not self.holds(batch, lease):
-            return
-        if epoch == lease.epoch and offset == lease.next_offset:
-            return  # it was another batch of the same write that was fenced
-        if epoch == lease.epoch and offset == batch.next_offset:
+        if not self.holds(batch, lease) or (epoch, offset) == (lease.epoch, lease.next_offset):
+            return  # given up meanwhile; or it was another batch of the same write that was fenced
+        if (epoch, offset) == (lease.epoch, batch.next_offset):
             self.written([(batch, lease)], 0.0)
             return
         metrics.fenced_writes.labels(self.handler.name).inc()
         self._release([partition])
-        if epoch == lease.epoch and offset is not None and self._thread is not None:
-            log.warning(
-                "the checkpoint is not where the last write left it: reading again from there",
-                extra={"handler": self.handler.name, "partition": str(partition), "from": offset, "was": lease.next_offset},
-            )
-            self._lease(partition, Lease(epoch=epoch, next_offset=offset, max_offset=lease.max_offset))
-            await self._thread.start_at({partition: offset})
-            self._started.add(partition)
-            return
-        log.warning("fenced: another member claimed the partition", extra={"handler": self.handler.name, "partition": str(partition)})
-        asyncio.get_running_loop().call_later(RECLAIM_AFTER, self._claim_again, partition)
+        extra = {"handler": self.handler.name, "partition": str(partition)}
+        if epoch == lease.epoch and offset is not None:
+            log.warning("the checkpoint went from %s to %s: reading again", lease.next_offset, offset, extra=extra)
+            again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
+            self._assignment.leases[partition] = again
+            await self._deliver({partition: again})
+        else:
+            log.warning("fenced: another member claimed the partition", extra=extra)
+            self._assignment.claim_later(partition)
 
     async def connect(self) -> AsyncConnection[Any]:
         """Open a connection of this handler."""
@@ -259,14 +244,13 @@ class Member:
     async def _load_table(self, conn: AsyncConnection[Any]) -> None:
         config = self.handler.table
         async with postgres.errors_of(conn):
-            table = await catalog.load(conn, config.name, WRITE_PRIVILEGES[config.write])
+            table = await catalog.load(conn, config.name, PRIVILEGES[config.write])
         try:
             self.encoder = Encoder(table, self.handler)
         except ConfigError as error:
             raise Halt("table", str(error)) from error
         columns = self.encoder.columns
         self.sink = Append(table, columns) if config.write == "append" else Upsert(table, columns, config.key)
-        self.checkpoints = Checkpoints(self.config.postgres.schema_name, self.handler.group_id, table.identifier)
 
     # Outages.
 
@@ -282,13 +266,13 @@ class Member:
 
     # What the Kafka thread tells (kafka.Listener).
 
-    def memory(self) -> int:
-        """Return the memory of messages held here."""
-        return self._batches.memory
+    def fill(self, in_transit: int) -> float:
+        """Return the share of the buffer that is used: of its memory, or of what keeps every connection busy."""
+        return max((self._batches.memory + in_transit) / self.bound, self._batches.messages / self._enough)
 
     def received(self, chunks: list[Chunk]) -> None:
         """Gather messages of leased partitions; what lies before the position was delivered before a seek."""
-        now = _now()
+        now = time.monotonic()
         for chunk in chunks:
             position = self._positions.get(chunk.partition)
             if position is None:
@@ -302,38 +286,34 @@ class Member:
                 self.progress.consumed(chunk.partition, len(messages))
                 if self._batches.add(chunk.partition, messages, size, now):
                     self._wake.set()
-        if self._batches.memory > self.bound * PRESSURE:
+        if self._under_pressure():
             self._wake.set()
         self._set_timer()
 
     def assigned(self, partitions: list[TopicPartition]) -> None:
         """Note an assignment; the claim follows."""
-        self._assigned.update(partitions)
-        self.progress.rebalanced(len(self._assigned), assigned=partitions)
-        for partition in partitions:
-            self._to_claim.put_nowait(partition)
+        self._assignment.assign(partitions)
+        self.progress.rebalanced(len(self._assignment.assigned), assigned=partitions)
 
     async def revoked(self, partitions: list[TopicPartition], deadline: float) -> None:
-        """Write what is gathered of partitions that go, as far as time allows; what is in flight then is rolled back."""
-        now = _now()
-        self._assigned.difference_update(partitions)
-        # A claim that is under way must not land after the next member's.
+        """Write what is gathered of partitions that go, as far as time allows; roll back what is in flight then."""
+        self._assignment.unassign(partitions)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                async with self._claiming:
-                    pass
+                await self._assignment.claims_landed()
         if self.progress.state != "halted":
+            now = time.monotonic()
             await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)
             self._batches.close(partitions)
             await self._settle(partitions, deadline)
         self._release(partitions)
-        self.progress.rebalanced(len(self._assigned), revoked=partitions)
+        self.progress.rebalanced(len(self._assignment.assigned), revoked=partitions)
 
     def lost(self, partitions: list[TopicPartition]) -> None:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
-        self._assigned.difference_update(partitions)
+        self._assignment.unassign(partitions)
         self._release(partitions)
-        self.progress.rebalanced(len(self._assigned), lost=partitions)
+        self.progress.rebalanced(len(self._assignment.assigned), lost=partitions)
 
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
         """Note the high watermarks."""
@@ -343,7 +323,7 @@ class Member:
         """Note that no broker answers, or that one does again."""
         if sentence is None:
             self.recovered("kafka")
-        else:
+        elif self.progress.state != "halted":
             self.progress.outage("kafka", sentence)
 
     def failed(self, error: ConsumerdError) -> None:
@@ -353,122 +333,36 @@ class Member:
 
     # Partitions.
 
-    async def _claim_forever(self) -> None:
-        while True:
-            partitions = {await self._to_claim.get()}
-            while not self._to_claim.empty():
-                partitions.add(self._to_claim.get_nowait())
-            await self._retry(self._claim, sorted(partitions))
-
-    async def _claim(self, wanted: Sequence[TopicPartition]) -> None:
-        """Claim assigned partitions, settle where each goes on, and have them delivered."""
-        wanted = [p for p in wanted if p in self._assigned and p not in self._started]
-        if not wanted or self._thread is None:
-            return
-        found = await self._thread.found(wanted)
+    async def _claim(self, partitions: Sequence[TopicPartition]) -> None:
+        """Claim assigned partitions and have them delivered."""
         conn = await self.connect()
         try:
-            async with self._claiming:
-                partitions = [partition for partition in wanted if partition in self._assigned]
-                stored = await self.checkpoints.claim(conn, partitions, self._counts(partitions))
-            for partition in partitions:
-                await self._place(conn, partition, stored[partition], found[partition])
+            leases = await self._assignment.claim(partitions, conn)
         finally:
             await conn.close()
-        ready = {p: self._leases[p].next_offset for p in partitions if p in self._leases}
-        await self._thread.start_at(ready)
-        self._started.update(ready)
+        await self._deliver(leases)
         self.recovered("postgres", "kafka")
         self.progress.joined()
 
-    def _counts(self, partitions: Sequence[TopicPartition]) -> dict[str, int]:
-        """Return how many partitions each of their topics has; one may have grown since the start."""
-        counts = {topic: self._topics[topic].partitions for topic, _ in partitions if topic in self._topics}
-        for topic, number in partitions:
-            counts[topic] = max(counts.get(topic, 0), number + 1)
-        return counts
-
-    async def _place(
-        self, conn: AsyncConnection[Any], partition: TopicPartition, stored: Stored, found: Found
-    ) -> None:
-        """Settle where one claimed partition goes on; its lease is the result."""
-        topic = self._topics.get(partition.topic)
-        topic_id = topic.topic_id if topic else None
-        committed = Committed(offset=found.committed, stamp=decode_stamp(found.metadata))
-        decision = decide(
-            partition,
-            stored,
-            committed,
-            store=self._store,
-            group=self.handler.group_id,
-            topic_id=topic_id,
-            target=self.checkpoints.target,
-        )
-        if decision.note:
-            log.warning(decision.note, extra={"handler": self.handler.name, "partition": str(partition)})
-        offset = decision.offset if decision.offset is not None else await self._beginning(partition, decision, found)
-        if not found.low <= offset <= found.high:
-            raise gap(partition, offset, found.low, found.high)
-        if decision.kind != "resume" and not await self.checkpoints.place(
-            conn, partition, stored.epoch, offset, topic_id
-        ):
-            return
-        if decision.kind == "adopt":
-            await self._acknowledge(partition, offset)
-        if partition in self._assigned:
-            maximum = max(stored.max_offset or 0, offset)
-            self._lease(partition, Lease(epoch=stored.epoch, next_offset=offset, max_offset=maximum))
-
-    async def _beginning(self, partition: TopicPartition, decision: Decision, found: Found) -> int:
-        """Return where a partition without a checkpoint begins."""
-        start = self.handler.start
-        if decision.late or start == "earliest":
-            return found.low
-        if isinstance(start, datetime) and self._thread is not None:
-            return await self._thread.offset_at(partition, int(start.timestamp() * 1000))
-        return found.high
-
-    async def _acknowledge(self, partition: TopicPartition, offset: int) -> None:
-        """Stamp an adopted offset in Kafka, and wait for that: a crash must not adopt the same reset twice."""
-        if self._thread is None:
-            return
-        try:
-            async with asyncio.timeout(ADOPT_TIMEOUT):
-                await self._thread.committed([self._commit_of(partition, offset, None)])
-        except TimeoutError:
-            raise Outage("kafka", f"no acknowledgement for the commit of {partition}") from None
-
-    def _lease(self, partition: TopicPartition, lease: Lease) -> None:
-        self._leases[partition] = lease
-        self._positions[partition] = lease.next_offset
-        self._batches.open(partition)
-        self.progress.leased(partition, lease.next_offset)
+    async def _deliver(self, leases: dict[TopicPartition, Lease]) -> None:
+        """Open leased partitions for messages, and ask for these."""
+        for partition, lease in leases.items():
+            self._positions[partition] = lease.next_offset
+            self._batches.open(partition)
+            self.progress.leased(partition, lease.next_offset)
+        if leases:
+            await self._assignment.deliver(leases)
 
     def _release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""
         self._batches.close(partitions)
         for partition in partitions:
-            self._leases.pop(partition, None)
-            self._started.discard(partition)
+            self._assignment.release(partition)
             self._positions.pop(partition, None)
             self.progress.released(partition)
         self._settled.set()
 
-    def _claim_again(self, partition: TopicPartition) -> None:
-        if partition in self._assigned:
-            self._to_claim.put_nowait(partition)
-
-    def _commit_of(self, partition: TopicPartition, offset: int, leader_epoch: int | None) -> Commit:
-        topic = self._topics.get(partition.topic)
-        stamp = Stamp(
-            store=self._store,
-            group=self.handler.group_id,
-            topic_id=topic.topic_id if topic else None,
-            offset=offset,
-        )
-        return Commit(partition=partition, offset=offset, leader_epoch=leader_epoch, metadata=stamp.encode())
-
-    async def _flush(self, partitions: Sequence[TopicPartition], reason: Any, deadline: float) -> bool:
+    async def _flush(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float) -> bool:
         """Write what is gathered of partitions; False if some is left at the deadline."""
         self._batches.hurry(partitions, reason)
         self._wake.set()
@@ -485,7 +379,8 @@ class Member:
             for writer in in_flight():
                 await writer.abort()
 
-    async def _wait(self, condition: Any, deadline: float) -> bool:
+    async def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Wait until writes or releases have made a condition true; False at the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
                 while not condition():
@@ -495,28 +390,32 @@ class Member:
             return False
         return True
 
+    def memory(self) -> int:
+        """Return the memory of messages held here."""
+        return self._batches.memory
+
+    def _under_pressure(self) -> bool:
+        return self.fill(0) > PRESSURE
+
     def _set_timer(self) -> None:
         """See to it that writers wake when the oldest gathered batch reaches its age."""
         if self._timer is None and (due := self._batches.next_due()) is not None:
-            self._timer = asyncio.get_running_loop().call_at(max(due, _now() + 0.001), self._on_timer)
+            at = max(due, time.monotonic()) + TIMER_SLACK
+            self._timer = asyncio.get_running_loop().call_at(at, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
         self._wake.set()
 
-    def lags(self) -> dict[TopicPartition, Any]:
-        """Return the oldest message of each leased partition that is not written yet."""
-        return {partition: self._batches.oldest(partition) for partition in self._leases}
+    def unwritten(self) -> dict[TopicPartition, Message | None]:
+        """Return the oldest message of each leased partition that was received and is not written yet."""
+        leases = self._assignment.leases if self._thread is not None else ()
+        return {partition: self._batches.oldest(partition) for partition in leases}
 
 
-def _now() -> float:
-    """Return the event loop's time, which is time.monotonic()."""
-    return time.monotonic()
-
-
-def _first_halt(error: BaseException) -> Halt:
+def _first_halt(error: Exception) -> Halt:
     """Return the halt among errors that ended a handler's tasks; anything else is a defect of ours."""
-    if isinstance(error, BaseExceptionGroup):
+    if isinstance(error, ExceptionGroup):
         halts = [_first_halt(inner) for inner in error.exceptions]
         return next((halt for halt in halts if halt.reason != "bug"), halts[0])
     if isinstance(error, Halt):

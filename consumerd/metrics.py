@@ -55,7 +55,9 @@ buffered_bytes = _gauge("buffered_bytes", "Memory of messages received and not y
 buffer_limit_bytes = _gauge("buffer_limit_bytes", "The bound of buffered_bytes.", "handler")
 last_commit_timestamp = _gauge("last_commit_timestamp_seconds", "When the last batch was committed.", "handler")
 
-batch_messages = _histogram("batch_messages", "Messages of a batch.", (1, 10, 100, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5))
+batch_messages = _histogram(
+    "batch_messages", "Messages of a batch.", (1, 10, 100, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5)
+)
 batch_bytes = _histogram("batch_bytes", "Bytes of a batch's values.", tuple(4.0**n for n in range(5, 14)))
 batch_write_duration = _histogram(
     "batch_write_duration_seconds",

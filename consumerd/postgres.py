@@ -41,8 +41,8 @@ SESSION_DEFAULTS: dict[str, str] = {"lock_timeout": "10s"}
 BEGIN = """\
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
-SELECT set_config('synchronous_commit',
-                  CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""
+SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+                                        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""
 
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
@@ -69,6 +69,7 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
     except psycopg.Error as error:
         # Also a wrong database or role: they have no SQLSTATE here, and may come right without us.
         raise Outage("postgres", f"cannot connect to Postgres: {_one_line(error)}") from error
+    name = ""
     try:
         for name, value in {**SESSION_DEFAULTS, **config.settings}.items():
             await conn.execute("SELECT set_config(%s, %s, false)", [name, value])
@@ -93,7 +94,7 @@ async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> Asy
         end = "ROLLBACK" if probe else "COMMIT"
         cursor = await conn.execute(end)
         if cursor.statusmessage != end:
-            raise Halt("bug", f"{end} was answered with {cursor.statusmessage}")
+            raise Halt("bug", f"{end} was answered with {cursor.statusmessage}")  # noqa: TRY301 - rolls back like any
     except psycopg.Error as error:
         await _roll_back(conn)
         raise translate(error, conn) from error
@@ -168,7 +169,7 @@ async def _roll_back(conn: AsyncConnection[Any]) -> None:
 
 
 async def call(
-    conn: AsyncConnection[Any], query: sql.Composable | LiteralString, values: Mapping[str, Any] | None = None
+    conn: AsyncConnection[Any], query: sql.Composed | LiteralString, values: Mapping[str, Any] | None = None
 ) -> list[tuple[Any, ...]]:
     """Run one query outside the write path and return its rows; psycopg's errors leave it translated."""
     async with errors_of(conn):

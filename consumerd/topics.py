@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from confluent_kafka import KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
+from consumerd.brokers import client_config
 from consumerd.errors import Halt, Outage
-from consumerd.kafka import client_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from consumerd.config import DeadLetterConfig, KafkaConfig
 
-CALL_TIMEOUT = 10.0
+T = TypeVar("T")
+
+CALL_TIMEOUT = 5.0
 """Seconds for one call."""
 
 LETTER_HEADROOM = 64 * 1024
@@ -90,7 +92,7 @@ class Topics:
         settings = [await self._call(self._settings, source) for source in sources]
         return max(int(setting["max.message.bytes"]) for setting in settings) + LETTER_HEADROOM
 
-    async def _call(self, function: Any, *values: Any) -> Any:
+    async def _call(self, function: Callable[..., T], *values: object) -> T:
         try:
             return await asyncio.to_thread(function, *values)
         except KafkaException as error:

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the methods are confluent_kafka's, documented there
 """The words that all modules share."""
 
 from __future__ import annotations

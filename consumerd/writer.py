@@ -114,7 +114,7 @@ class Writer:
         if len(await self._member.checkpoints.advance(conn, moves)) < len(moves):
             raise Fenced
         table = self._member.encoder.table
-        await conn.execute(f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE")  # type: ignore[call-overload]
+        await conn.execute(f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE")
         row = await (await conn.execute(fingerprint_query(table.name))).fetchone()
         if row != (table.fingerprint,):
             raise TableChanged

@@ -22,7 +22,7 @@ def statements(config: Config) -> str:
 -- GRANT SELECT ON {schema}.store TO loader;
 -- GRANT SELECT, INSERT, UPDATE ON {schema}.checkpoint TO loader;
 """
-    return sql.SQL(SCHEMA + grants).format(schema=schema).as_string()  # type: ignore[arg-type]
+    return sql.SQL(SCHEMA + grants).format(schema=schema).as_string()
 
 
 async def make(config: Config) -> None:

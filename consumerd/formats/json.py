@@ -10,11 +10,11 @@ A flat expression, compiled once, turns a decoded Struct into the row tuple. All
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import msgspec
 
@@ -30,6 +30,9 @@ ABSENT: Final = object()
 
 JSONB_VERSION: Final = b"\x01"
 """The byte that stands before the text in jsonb's binary form."""
+
+JSONB: Final = 3802
+NUMERIC: Final = 1700
 
 MAX_NUMERIC_DIGITS: Final = 131072
 """Digits that Postgres's numeric holds before the point. Without the check a JSON number of twelve characters,
@@ -64,7 +67,7 @@ def decoder(fields: tuple[Field, ...]) -> Callable[[bytes], tuple[Any, ...]]:
     decode = msgspec.json.Decoder(compiler.struct(_tree(fields), "r", ())).decode
     row = "".join(f"{compiler.expressions[index]}, " for index in range(len(fields)))
     build = eval(f"lambda r: ({row})", compiler.names)  # noqa: S307 - all names in it are made here
-    return lambda value: build(decode(value))  # type: ignore[no-any-return]
+    return lambda value: build(decode(value))
 
 
 def refusal(error: Exception) -> Refusal:
@@ -143,7 +146,7 @@ class _Compiler:
         column = self._fields[index].column
         self._note(index, _pick(column, source, self.names, index), guards)
         kind = _annotation(column)
-        if column.type_name == "jsonb":
+        if column.oid == JSONB:
             default = self._defaults[index]
             raw = msgspec.Raw(_NULL if default is None else default[len(JSONB_VERSION) :])
             return (kind,) if self._required(index) else (kind, raw)
@@ -178,52 +181,53 @@ def _indexes(node: _Node) -> list[int]:
     return [*node.fields, *(index for child in node.below.values() for index in _indexes(child))]
 
 
-def _annotation(column: Column) -> Any:
-    """Return the type that a value must have for a column, ranges included."""
-    match column.type_name:
-        case "boolean":
-            return bool
-        case "smallint" | "integer" | "bigint" as name:
-            bound = 2 ** ({"smallint": 16, "integer": 32, "bigint": 64}[name] - 1)
-            return Annotated[int, msgspec.Meta(ge=-bound, le=bound - 1)]
-        case "double precision":
-            return float
-        case "timestamp with time zone":
-            return Annotated[datetime.datetime, msgspec.Meta(tz=True)]
-        case "uuid":
-            return uuid.UUID
-        case "jsonb":
-            return msgspec.Raw
-        case name if name.startswith("numeric"):
-            return decimal.Decimal
-        case name if name.startswith("timestamp("):
-            return Annotated[datetime.datetime, msgspec.Meta(tz=True)]
-        case _ if column.max_length is not None:
-            return Annotated[str, msgspec.Meta(max_length=column.max_length)]
-        case _:
-            return str
+def _integer(bits: int) -> object:
+    bound = 2 ** (bits - 1)
+    return Annotated[int, msgspec.Meta(ge=-bound, le=bound - 1)]
+
+
+_TYPES: dict[int, Any] = {
+    16: bool,
+    20: _integer(64),
+    21: _integer(16),
+    23: _integer(32),
+    25: str,
+    701: float,
+    1043: str,
+    1184: Annotated[dt.datetime, msgspec.Meta(tz=True)],
+    NUMERIC: decimal.Decimal,
+    2950: uuid.UUID,
+    JSONB: msgspec.Raw,
+}
+"""What a value must be for a column, by the type's oid; ranges included."""
+
+
+def _annotation(column: Column) -> Any:  # noqa: ANN401 - a type form
+    if column.max_length is not None:
+        return Annotated[str, msgspec.Meta(max_length=column.max_length)]
+    return _TYPES[column.oid]
 
 
 def _pick(column: Column, source: str, names: dict[str, Any], index: int) -> str:
     """Return the expression that makes a decoded value the row's."""
-    if column.type_name == "jsonb":
+    if column.oid == JSONB:
         otherwise = "None"
         if column.not_null:
             names[f"missing{index}"] = _missing(column.name)
             otherwise = f"missing{index}()"
         return f"(join((version, {source})) if {source} != null else {otherwise})"
-    if column.type_name.startswith("numeric"):
+    if column.oid == NUMERIC:
         digits = column.integer_digits
         return f"numeric({source}, {MAX_NUMERIC_DIGITS if digits is None else digits}, {column.name!r})"
     return source
 
 
-def _default(entry: Field) -> Any:
+def _default(entry: Field) -> Any:  # noqa: ANN401 - of the column's type
     """Return a default as the row's value, checked against the column like any other."""
     if entry.default is ABSENT:
         return None
     column = entry.column
-    if column.type_name == "jsonb":
+    if column.oid == JSONB:
         return JSONB_VERSION + msgspec.json.encode(entry.default)
     try:
         return msgspec.convert(entry.default, _annotation(column))
@@ -243,8 +247,8 @@ def _numeric(value: decimal.Decimal | None, digits: int, column: str) -> decimal
     return value
 
 
-def _missing(column: str) -> Callable[[], Any]:
-    def missing() -> Any:
+def _missing(column: str) -> Callable[[], NoReturn]:
+    def missing() -> NoReturn:
         raise Poison(_refusal("missing", "null where the column needs a value", column))
 
     return missing

@@ -21,7 +21,7 @@ class Append:
 
     def __init__(self, table: Table, columns: tuple[Column, ...]) -> None:
         self._packer = Packer(column.oid for column in columns)
-        self._statement = copy_statement(sql.SQL(table.identifier), (column.name for column in columns))  # type: ignore[arg-type]
+        self._statement = copy_statement(sql.SQL(table.identifier), (column.name for column in columns))
 
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Need nothing."""

@@ -34,12 +34,10 @@ class Upsert:
         names = [column.name for column in columns]
         self._packer = Packer([*(column.oid for column in columns), INTEGER_OID])
         self._copy = copy_statement(STAGING, [*names, ORDINAL])
-        target = sql.SQL(table.identifier)  # type: ignore[arg-type]
+        target = sql.SQL(table.identifier)
         columns_sql = sql.SQL(", ").join(map(sql.Identifier, names))
         key_sql = sql.SQL(", ").join(map(sql.Identifier, key))
-        updates = [
-            sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in names if name not in key
-        ]
+        updates = [sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in names if name not in key]
         self._merge = sql.SQL(
             "INSERT INTO {target} ({columns}) SELECT {columns} FROM ("
             "SELECT DISTINCT ON ({key}) {columns} FROM {staging} WHERE {ordinal} >= %(first)s "

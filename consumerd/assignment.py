@@ -1,0 +1,190 @@
+"""From an assigned partition to a leased one: who wins, and where it goes on.
+
+The group assigns a partition, paused. It is claimed, which raises its checkpoint's epoch and fences whoever wrote it
+before; placed, by the checkpoint or by what Kafka has (`checkpoint.decide`); and only then leased and delivered. All of
+this happens outside the rebalance callbacks, and again from the start after an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from consumerd.brokers import Found, gap
+from consumerd.checkpoint import Committed, Decision, Lease, Stamp, Stored, decide, decode_stamp
+from consumerd.commits import Commit
+from consumerd.errors import Outage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from psycopg import AsyncConnection
+
+    from consumerd.checkpoint import Checkpoints
+    from consumerd.config import HandlerConfig
+    from consumerd.kafka import ConsumerThread
+    from consumerd.topics import Topic
+    from consumerd.types import TopicPartition
+
+log = logging.getLogger(__name__)
+
+ADOPT_TIMEOUT = 10.0
+"""Seconds to wait for the acknowledgement of a commit that adopts an operator's offset."""
+RECLAIM_AFTER = 10.0
+"""Seconds after which a partition that another member claimed, and that is assigned here still, is claimed again: that
+member was a zombie that had not heard of its loss, and has by then."""
+
+
+class Assignment:
+    """The partitions that the group has assigned to one member; `leases` are those that may be written."""
+
+    def __init__(
+        self,
+        handler: HandlerConfig,
+        *,
+        topics: Mapping[str, Topic],
+        store: str,
+        checkpoints: Checkpoints,
+        thread: ConsumerThread,
+    ) -> None:
+        self._handler = handler
+        self._topics = topics
+        self._store = store
+        self._checkpoints = checkpoints
+        self._thread = thread
+        self._to_claim: asyncio.Queue[TopicPartition] = asyncio.Queue()
+        self._claiming = asyncio.Lock()
+        self.assigned: set[TopicPartition] = set()
+        self.leases: dict[TopicPartition, Lease] = {}
+        self._delivered: set[TopicPartition] = set()
+
+    def assign(self, partitions: Iterable[TopicPartition]) -> None:
+        """Note an assignment; the claim follows."""
+        for partition in partitions:
+            self.assigned.add(partition)
+            self._to_claim.put_nowait(partition)
+
+    def unassign(self, partitions: Iterable[TopicPartition]) -> None:
+        """Note a revocation or loss; leases stay until they are released."""
+        self.assigned.difference_update(partitions)
+
+    def release(self, partition: TopicPartition) -> None:
+        """Give a lease up: what is in flight of it no longer counts."""
+        self.leases.pop(partition, None)
+        self._delivered.discard(partition)
+
+    async def next_to_claim(self) -> list[TopicPartition]:
+        """Wait for assigned partitions that are not claimed yet."""
+        partitions = {await self._to_claim.get()}
+        while not self._to_claim.empty():
+            partitions.add(self._to_claim.get_nowait())
+        return sorted(partitions)
+
+    async def claims_landed(self) -> None:
+        """Wait for a claim under way: it must not land after the next member's, and fence that one."""
+        async with self._claiming:
+            pass
+
+    async def claim(self, wanted: Sequence[TopicPartition], conn: AsyncConnection[Any]) -> dict[TopicPartition, Lease]:
+        """Claim and place partitions; return the leases of those that may be delivered now."""
+        wanted = [partition for partition in wanted if partition in self.assigned and partition not in self._delivered]
+        if not wanted:
+            return {}
+        found = await self._thread.found(wanted)
+        async with self._claiming:
+            partitions = [partition for partition in wanted if partition in self.assigned]
+            stored = await self._checkpoints.claim(conn, partitions, self._counts(partitions)) if partitions else {}
+        leases = {}
+        for partition, claimed in stored.items():
+            lease = await self._place(conn, partition, claimed, found[partition])
+            if lease is not None and partition in self.assigned:
+                leases[partition] = lease
+        self.leases.update(leases)
+        return leases
+
+    async def deliver(self, leases: Mapping[TopicPartition, Lease]) -> None:
+        """Have leased partitions delivered from where they go on."""
+        await self._thread.start_at({partition: lease.next_offset for partition, lease in leases.items()})
+        self._delivered.update(leases)
+
+    def claim_later(self, partition: TopicPartition) -> None:
+        """Claim a partition again in a while, if it is assigned then."""
+
+        def again() -> None:
+            if partition in self.assigned:
+                self._to_claim.put_nowait(partition)
+
+        asyncio.get_running_loop().call_later(RECLAIM_AFTER, again)
+
+    def commit(self, commits: Iterable[Commit]) -> None:
+        """Have offsets committed to Kafka in a while."""
+        self._thread.commits.leave(commits)
+
+    def commit_of(self, partition: TopicPartition, offset: int, leader_epoch: int | None) -> Commit:
+        """Return the commit to Kafka of a checkpoint, stamped."""
+        stamp = Stamp(
+            store=self._store,
+            group=self._handler.group_id,
+            topic_id=self._topic_id(partition),
+            offset=offset,
+        )
+        return Commit(partition=partition, offset=offset, leader_epoch=leader_epoch, metadata=stamp.encode())
+
+    async def _place(
+        self, conn: AsyncConnection[Any], partition: TopicPartition, stored: Stored, found: Found
+    ) -> Lease | None:
+        """Settle where a claimed partition goes on; None when another member has claimed it since."""
+        topic_id = self._topic_id(partition)
+        decision = decide(
+            partition,
+            stored,
+            Committed(offset=found.committed, stamp=decode_stamp(found.metadata)),
+            store=self._store,
+            group=self._handler.group_id,
+            topic_id=topic_id,
+            target=self._checkpoints.target,
+        )
+        if decision.note:
+            log.warning(decision.note, extra={"handler": self._handler.name, "partition": str(partition)})
+        offset = decision.offset
+        if offset is None:
+            offset = await self._beginning(partition, decision, found)
+        if not found.low <= offset <= found.high:
+            raise gap(partition, offset, found.low, found.high)
+        if decision.kind != "resume" and not await self._checkpoints.place(
+            conn, partition, stored.epoch, offset, topic_id
+        ):
+            return None
+        if decision.kind == "adopt":
+            await self._acknowledge(partition, offset)
+        return Lease(epoch=stored.epoch, next_offset=offset, max_offset=max(stored.max_offset or 0, offset))
+
+    async def _beginning(self, partition: TopicPartition, decision: Decision, found: Found) -> int:
+        """Return where a partition without a checkpoint begins."""
+        start = self._handler.start
+        if decision.late or start == "earliest":
+            return found.low
+        if isinstance(start, datetime):
+            return await self._thread.offset_at(partition, int(start.timestamp() * 1000))
+        return found.high
+
+    async def _acknowledge(self, partition: TopicPartition, offset: int) -> None:
+        """Stamp an adopted offset in Kafka, and wait for that: a crash must not adopt the same reset twice."""
+        try:
+            async with asyncio.timeout(ADOPT_TIMEOUT):
+                await self._thread.commits.acknowledged([self.commit_of(partition, offset, None)])
+        except TimeoutError:
+            raise Outage("kafka", f"no acknowledgement for the commit of {partition}") from None
+
+    def _counts(self, partitions: Sequence[TopicPartition]) -> dict[str, int]:
+        """Return how many partitions each of their topics has; one may have grown since the start."""
+        counts = {topic: self._topics[topic].partitions for topic, _ in partitions if topic in self._topics}
+        for topic, number in partitions:
+            counts[topic] = max(counts.get(topic, 0), number + 1)
+        return counts
+
+    def _topic_id(self, partition: TopicPartition) -> str | None:
+        topic = self._topics.get(partition.topic)
+        return topic.topic_id if topic else None

@@ -1,0 +1,123 @@
+"""What is told to and asked of the brokers: the clients' properties, offsets, and the gaps in them.
+
+The functions that take a Consumer are called on the thread that owns it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import confluent_kafka as ck
+from confluent_kafka import KafkaException
+
+from consumerd.errors import Halt, Outage
+from consumerd.types import TopicPartition
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from consumerd.config import KafkaConfig
+
+CALL_TIMEOUT = 5.0
+"""Seconds for one call that asks a broker."""
+MAX_PARTITION_QUEUE = 16 * 1024 * 1024
+MIN_PARTITION_QUEUE = 256 * 1024
+MAX_FETCH = 50 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a broker says of a partition: its log's bounds, and the group's committed offset (None: none)."""
+
+    low: int
+    high: int
+    committed: int | None
+    metadata: str | None
+
+
+def client_config(kafka: KafkaConfig) -> dict[str, Any]:
+    """Return librdkafka's properties for any client of ours, secrets read afresh."""
+    properties = {name: value if isinstance(value, str) else value.read() for name, value in kafka.properties.items()}
+    return {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 2, **properties}
+
+
+def consumer_config(kafka: KafkaConfig, group_id: str, memory: int, partitions: int) -> dict[str, Any]:
+    """Return the Consumer's properties; `memory` is the bytes that librdkafka's queues may hold."""
+    per_partition = max(MIN_PARTITION_QUEUE, min(MAX_PARTITION_QUEUE, memory // max(partitions, 1)))
+    config: dict[str, Any] = {
+        "partition.assignment.strategy": "cooperative-sticky",
+        # Once a queue is full librdkafka stops fetching that partition for this long; its default is a second.
+        "fetch.queue.backoff.ms": 5,
+        **client_config(kafka),
+        "group.id": group_id,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        # The start is decided by us; anything else would skip data without a word.
+        "auto.offset.reset": "error",
+        "check.crcs": True,
+        "queued.min.messages": 100_000,
+        "queued.max.messages.kbytes": per_partition // 1024,
+        "fetch.message.max.bytes": min(per_partition, 1024 * 1024),
+        "fetch.max.bytes": max(1024 * 1024, min(MAX_FETCH, memory // 2)),
+    }
+    if config.get("group.protocol") == "consumer":
+        del config["partition.assignment.strategy"]
+    if kafka.group_instance_id:
+        config["group.instance.id"] = kafka.group_instance_id
+    return config
+
+
+def find(consumer: ck.Consumer, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
+    """Return the bounds and the committed offsets of partitions; raises Outage."""
+    committed = consumer.committed(positions(partitions), timeout=CALL_TIMEOUT)
+    found = {}
+    for entry in committed:
+        if entry.error:
+            raise Outage("kafka", f"Kafka: committed offset of {entry.topic}:{entry.partition}: {entry.error}")
+        bounds = consumer.get_watermark_offsets(ck.TopicPartition(entry.topic, entry.partition), timeout=CALL_TIMEOUT)
+        if bounds is None:
+            raise Outage("kafka", f"Kafka: no answer for the offsets of {entry.topic}:{entry.partition}")
+        offset = entry.offset if entry.offset >= 0 else None
+        found[TopicPartition(entry.topic, entry.partition)] = Found(
+            low=bounds[0], high=bounds[1], committed=offset, metadata=entry.metadata
+        )
+    return found
+
+
+def offset_at(consumer: ck.Consumer, partition: TopicPartition, timestamp_ms: int) -> int:
+    """Return the first offset at or after a time; the log's end if there is none."""
+    (answer,) = consumer.offsets_for_times([ck.TopicPartition(*partition, timestamp_ms)], timeout=CALL_TIMEOUT)
+    if answer.error:
+        raise Outage("kafka", f"Kafka: offset of {partition} by time: {answer.error}")
+    if answer.offset >= 0:
+        return int(answer.offset)
+    bounds = consumer.get_watermark_offsets(ck.TopicPartition(*partition), timeout=CALL_TIMEOUT)
+    return int(bounds[1])
+
+
+def gap_of(consumer: ck.Consumer, partition: TopicPartition, offset: int | None) -> Halt:
+    """Name what is missing of a partition whose position is outside its log."""
+    try:
+        low, high = consumer.get_watermark_offsets(ck.TopicPartition(*partition), timeout=CALL_TIMEOUT)
+    except (KafkaException, TypeError):
+        return Halt("gap", f"{partition}: the position is outside the log, and the log's bounds are not known")
+    return gap(partition, offset if offset is not None and offset >= 0 else None, low, high)
+
+
+def gap(partition: TopicPartition, position: int | None, low: int, high: int) -> Halt:
+    """Return the halt of a partition whose position is not in its log, offsets [low, high)."""
+    if position is not None and position < low:
+        what = f"offsets {position}..{low - 1} are gone from the log (retention was faster than this handler)"
+    else:
+        what = f"the position {'' if position is None else f'{position} '}is not in the log, which holds {low}..{high}"
+    return Halt(
+        "gap",
+        f"{partition}: {what}; nothing was skipped. To go on after the gap: kafka-consumer-groups --reset-offsets "
+        f"--topic {partition} --to-offset {low} --execute for this handler's group, then restart",
+    )
+
+
+def positions(partitions: Iterable[TopicPartition]) -> list[ck.TopicPartition]:
+    """Return partitions as librdkafka has them."""
+    return [ck.TopicPartition(*partition) for partition in partitions]
