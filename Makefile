@@ -1,0 +1,62 @@
+# Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
+# configuration (index, proxy, certificates) from where it always does.
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench lock clean
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install
+# --upgrade: a pin moves only in pyproject.toml's bounds, and `make lock` is how it moves.
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
+
+demo: .venv/.runtime-installed  ## the whole path on an embedded broker and database
+	@$(BIN)/consumerd demo
+
+test: .venv/.dev-installed  ## unit, integration and acceptance tests, on a real Kafka and a real Postgres
+	@echo "Running the tests (the first run fetches Kafka, about 50 MB)"
+	@$(BIN)/python -m pytest
+
+lint: .venv/.dev-installed  ## ruff, mypy, the rules of import
+	@echo "Checking with ruff, mypy and import-linter"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+bench: .venv/.dev-installed  ## rows/s, next to a raw COPY
+	@$(BIN)/python -m tests.bench
+
+lock: .venv/.dev-installed  ## new pins in both requirements files
+	@echo "Resolving requirements.txt and requirements-dev.txt"
+	@$(COMPILE) --extra demo --extra build --output-file requirements.txt
+	@$(COMPILE) --all-extras --constraint requirements.txt --output-file requirements-dev.txt
+
+clean:  ## what make made; the cached Kafka stays
+	@echo "Removing .venv and caches"
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find consumerd tests handlers -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+.venv/.runtime-installed: requirements.txt pyproject.toml | .venv/bin/python
+	@echo "Installing what the demo needs into .venv"
+	@$(PIP) --require-hashes -r requirements.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.dev-installed: requirements-dev.txt pyproject.toml | .venv/bin/python
+	@echo "Installing what tests and lint need into .venv"
+	@$(PIP) --require-hashes -r requirements-dev.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/bin/python:
+	@for python in python3.13 python3.12 python3.11 python3; do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+		echo "Making .venv with $$("$$python" --version)"; \
+		"$$python" -m venv .venv && exit 0; \
+		rm -rf .venv; \
+		echo "$$python could not make a virtual environment: install its venv module (Debian: apt-get install python3-venv)." >&2; \
+		exit 1; \
+	done; \
+	echo "consumerd needs Python 3.11 or newer, and found none as python3.13, python3.12, python3.11 or python3: install it (Debian: apt-get install python3 python3-venv)." >&2; \
+	exit 1

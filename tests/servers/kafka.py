@@ -1,0 +1,196 @@
+"""A real Kafka broker on loopback, without Docker.
+
+The jars come through Maven (pom.xml beside this file) into a cache folder, once per machine; with them lies a
+formatted, empty data folder that each broker copies, which saves the second that formatting takes. The quorum is a
+static one of the broker alone, so that nothing in the data folder depends on a port.
+"""
+
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from tests.servers.process import MissingPart, Process, free_port
+
+POM = Path(__file__).with_name("pom.xml")
+JAVA = (
+    "java",
+    "-Xmx512m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+)
+CLUSTER_ID = "MkU3OEVBNTcwNTJENDM2Qk"
+FETCH_TIMEOUT = 600  # seconds: 50 MB over a slow line
+START_TIMEOUT = 60  # seconds: it takes 3 to 5, a restart after SIGKILL a few more
+STOP_TIMEOUT = 30  # seconds: it takes 1 or 2
+QUESTION_TIMEOUT = 2.0  # seconds that one question to the broker may take
+MAX_MESSAGE_BYTES = 20 * 1024 * 1024  # tests send a value of 10 MB
+
+
+class KafkaServer:
+    """One broker, its own controller. The data outlives stop() and kill(); start() brings it back on the same port."""
+
+    def __init__(self, folder: Path, properties: Mapping[str, str] | None = None) -> None:
+        """Prepare a broker in ``folder``; ``properties`` are added to its server.properties, or replace lines there."""
+        self.folder = folder
+        self.port = free_port()
+        self.bootstrap = f"127.0.0.1:{self.port}"
+        self.log = folder / "kafka.log"
+        self._process: Process | None = None
+        self._properties = _properties(folder / "data", self.port, free_port()) | dict(properties or {})
+
+    @property
+    def running(self) -> bool:
+        """Whether the broker's process is there."""
+        return self._process is not None and self._process.running
+
+    def start(self) -> None:
+        """Start, and return when it answers a client and coordinates groups. Does nothing to one that runs."""
+        if self.running:
+            return
+        cache = fetch()
+        if not (self.folder / "data").exists():
+            shutil.copytree(cache / "template", self.folder / "data")
+        properties = _write_properties(self.folder / "server.properties", self._properties)
+        self._process = Process([*JAVA, "-cp", f"{cache}/libs/*", "kafka.Kafka", str(properties)], self.log)
+        what = f"Kafka on {self.bootstrap}"
+        self._process.wait_ready(self._listens, START_TIMEOUT, what)
+        client = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "consumerd-tests-warm-up", "log_level": 0})
+        try:
+            self._process.wait_ready(functools.partial(_answers, client), START_TIMEOUT, what)
+        finally:
+            client.close()
+
+    def stop(self) -> None:
+        """Shut down in order."""
+        if self._process is not None:
+            self._process.stop(STOP_TIMEOUT)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+
+    def close(self) -> None:
+        """Kill it and remove its data; the log stays."""
+        self.kill()
+        shutil.rmtree(self.folder / "data", ignore_errors=True)
+
+    def tool(self, main_class: str, *arguments: str) -> str:
+        """Run one of Kafka's own commands by its class and return what it printed."""
+        command = [*JAVA, "-cp", f"{fetch()}/libs/*", main_class, *arguments]
+        return _run(command, QUESTION_TIMEOUT * 30)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+def _answers(client: Consumer) -> bool:
+    """Whether the broker serves metadata and has loaded its group coordinator.
+
+    The first join of a group on a fresh broker otherwise meets "coordinator load in progress" and waits 3 s. The
+    question is a consumer's, because AdminClient.list_consumer_group_offsets() ends the process with a segmentation
+    fault when nobody coordinates the group yet (librdkafka issue 5040, seen with 2.16.0).
+    """
+    try:
+        client.list_topics(timeout=QUESTION_TIMEOUT)
+        client.committed([TopicPartition("warm-up", 0)], timeout=QUESTION_TIMEOUT)
+    except KafkaException:
+        return False
+    return True
+
+
+@functools.cache
+def fetch() -> Path:
+    """Return the cache folder with ``libs`` and ``template``, filled at the first call on this machine."""
+    version = ET.parse(POM).getroot().findtext("properties/kafka.version")  # noqa: S314 - the file beside this one
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consumerd"
+    cache = base / f"kafka-{version}"
+    if shutil.which("java") is None:
+        raise MissingPart(
+            "The tests need Java 17 or newer, for a real Kafka: install it (Debian: apt-get install default-jre)."
+        )
+    if cache.exists():
+        return cache
+    if shutil.which("mvn") is None:
+        raise MissingPart("The tests need Maven, once, to fetch Kafka: install it (Debian: apt-get install maven).")
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base, prefix="fetching-") as temporary:
+        fetched = Path(temporary) / "kafka"
+        _fetch_into(fetched)
+        try:
+            fetched.rename(cache)  # whole or not at all
+        except OSError:
+            if not cache.exists():  # otherwise another run was first, with the same jars
+                raise
+    return cache
+
+
+def _fetch_into(folder: Path) -> None:
+    libs = folder / "libs"
+    libs.mkdir(parents=True)
+    (folder / "target").mkdir()
+    pom = Path(shutil.copy(POM, folder / "target"))  # Maven puts its own files beside the pom
+    _run(
+        ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={libs}"], FETCH_TIMEOUT
+    )
+    properties = _write_properties(folder / "target" / "server.properties", _properties(folder / "template", 1, 2))
+    formatting = ["kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties)]
+    _run([*JAVA, "-cp", f"{libs}/*", *formatting], FETCH_TIMEOUT)
+    shutil.rmtree(folder / "target")
+
+
+def _run(command: list[str], timeout: float) -> str:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=True
+        )
+    except subprocess.CalledProcessError as error:
+        if "UnsupportedClassVersionError" in error.stderr:
+            raise MissingPart("The java in PATH is too old: Kafka 4 needs Java 17 or newer.") from None
+        raise RuntimeError(f"{' '.join(command)}\n{error.stdout}{error.stderr}") from None
+    return done.stdout
+
+
+def _properties(data: Path, port: int, controller_port: int) -> dict[str, str]:
+    return {
+        "process.roles": "broker,controller",
+        "node.id": "1",
+        "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
+        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+        "controller.listener.names": "CONTROLLER",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "controller.quorum.voters": f"1@127.0.0.1:{controller_port}",
+        "log.dirs": str(data),
+        "message.max.bytes": str(MAX_MESSAGE_BYTES),
+        "auto.create.topics.enable": "false",
+        "group.initial.rebalance.delay.ms": "0",
+        # A broker that was killed is let in again when its old session has run out (9 s by default).
+        "broker.session.timeout.ms": "3000",
+        "broker.heartbeat.interval.ms": "500",
+        # One broker, and a quick start: one copy and one partition of each internal topic, a small cleaner.
+        "offsets.topic.replication.factor": "1",
+        "offsets.topic.num.partitions": "1",
+        "transaction.state.log.replication.factor": "1",
+        "transaction.state.log.min.isr": "1",
+        "transaction.state.log.num.partitions": "1",
+        "share.coordinator.state.topic.replication.factor": "1",
+        "share.coordinator.state.topic.min.isr": "1",
+        "share.coordinator.state.topic.num.partitions": "1",
+        "log.cleaner.dedupe.buffer.size": "2097152",
+    }
+
+
+def _write_properties(path: Path, properties: Mapping[str, str]) -> Path:
+    path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
+    return path
