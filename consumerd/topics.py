@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from confluent_kafka import KafkaException, TopicCollection
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from consumerd.brokers import client_config
@@ -95,8 +95,14 @@ class Topics:
     async def _call(self, function: Callable[..., T], *values: object) -> T:
         try:
             return await asyncio.to_thread(function, *values)
-        except KafkaException as error:
-            raise Outage("kafka", f"Kafka: {error.args[0].str()}") from error
+        except TimeoutError:
+            raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers} does not answer") from None
+        except KafkaException as exception:
+            error = exception.args[0]
+            sentence = f"Kafka at {self._kafka.bootstrap_servers}: {error.str()}"
+            if error.retriable() or error.code() < 0:  # librdkafka's own codes: no answer came from a broker
+                raise Outage("kafka", sentence) from exception
+            raise Halt("kafka", f"{sentence}; grant it to this principal or correct the configuration") from exception
 
     def _partitions(self) -> dict[str, int]:
         metadata = self._admin.list_topics(timeout=CALL_TIMEOUT)
@@ -119,7 +125,11 @@ class Topics:
             settings["max.message.bytes"] = str(largest)
         topic = NewTopic(config.topic, config.partitions, config.replication, config=settings)
         (future,) = self._admin.create_topics([topic], request_timeout=CALL_TIMEOUT).values()
-        future.result(CALL_TIMEOUT)
+        try:
+            future.result(CALL_TIMEOUT)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
 
 
 def _check(topic: str, settings: Mapping[str, str], largest: int) -> None:
