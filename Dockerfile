@@ -7,7 +7,7 @@ WORKDIR /opt/consumerd
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --require-hashes -r requirements.txt
 
-COPY pyproject.toml ./
+COPY pyproject.toml README.md ./
 COPY consumerd ./consumerd
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 

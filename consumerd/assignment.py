@@ -135,7 +135,7 @@ class Assignment:
     async def _place(
         self, conn: AsyncConnection[Any], partition: TopicPartition, stored: Stored, found: Found
     ) -> Lease | None:
-        """Settle where a claimed partition goes on; None when another member has claimed it since."""
+        """Settle where a claimed partition goes on; None when it is no longer ours."""
         topic_id = self._topic_id(partition)
         decision = decide(
             partition,
@@ -153,6 +153,8 @@ class Assignment:
             offset = await self._beginning(partition, decision, found)
         if not found.low <= offset <= found.high:
             raise gap(partition, offset, found.low, found.high)
+        if partition not in self.assigned:
+            return None
         if decision.kind != "resume" and not await self._checkpoints.place(
             conn, partition, stored.epoch, offset, topic_id
         ):

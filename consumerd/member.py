@@ -194,7 +194,6 @@ class Member:
                 commits.append(self._assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
             self.progress.written(batch, seconds)
         self._assignment.commit(commits)
-        self.recovered("postgres", "dead_letter")
         self._settled.set()
 
     def isolated(self, batch: Batch, refused: dict[int, Refusal]) -> None:

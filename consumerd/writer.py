@@ -66,7 +66,12 @@ class Writer:
             wait=tenacity.wait_random_exponential(multiplier=retry.initial, max=retry.max),
             before_sleep=self._member.on_outage,
         )
-        await retrying(self._until_settled, work)
+        try:
+            await retrying(self._until_settled, work)
+        except Halt as halt:
+            where = ", ".join(f"{b.partition} offsets {b.first_offset}..{b.next_offset - 1}" for b, _ in work)
+            raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)") from halt
+        self._member.recovered("postgres", "dead_letter")
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
@@ -85,10 +90,8 @@ class Writer:
                     await self._isolate(*work[0])
             except Outage:
                 await self.abort()
-                raise
-            except Halt as halt:
-                where = ", ".join(f"{b.partition} offsets {b.first_offset}..{b.next_offset - 1}" for b, _ in work)
-                raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)") from halt
+                if any(self._member.holds(batch, lease) for batch, lease in work):
+                    raise
 
     async def _attempt(self, work: Work) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
