@@ -26,6 +26,12 @@ CREATE TABLE {name} (
 )"""
 
 
+SLOW_COMMIT = """
+CREATE FUNCTION slow_{name}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER slow AFTER INSERT OR UPDATE ON {name} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+    WHEN (NEW.n % 250 = 1) EXECUTE FUNCTION slow_{name}()"""
+
+
 def poison(number: int) -> bytes:
     """Return a value that cannot become a row: half of the kinds are found by the decode, half by Postgres."""
     good = record(number)
@@ -110,6 +116,12 @@ def make_table(dsn: str, name: str, constraint: str = "") -> None:
     """Make the table that the records fit; `constraint` stands behind its first column."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute(TABLE.format(name=name, constraint=constraint))
+
+
+def slow_commits(dsn: str, name: str) -> None:
+    """Make COMMIT of a table's rows take a while: whoever is killed then has a transaction that commits without it."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(SLOW_COMMIT.format(name=name).encode())
 
 
 def rows(dsn: str, table: str) -> Counter[int]:

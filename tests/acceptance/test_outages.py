@@ -3,13 +3,14 @@
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.acceptance.stream import Stream, doubled, letters, make_table, rows, source_of
+from tests.acceptance.stream import Stream, doubled, letters, make_table, rows, slow_commits, source_of
 from tests.acceptance.test_exactly_once import caught_up, handler
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
 from tests.servers.process import free_port, wait_until
+from tests.servers.proxy import Proxy
 
 
 def state(daemon: Daemon) -> str:
@@ -66,6 +67,32 @@ def test_connections_terminated(kafka: KafkaServer, database: str, topic: MakeTo
             )
     wait_until(lambda: caught_up(run, {"events": stream}), 30, "the end of the topic")
     check(kafka, database, stream)
+
+
+def test_connections_cut(
+    kafka: KafkaServer,
+    breakable_postgres: PostgresServer,
+    breakable_database: str,
+    topic: MakeTopic,
+    daemon: MakeDaemon,
+) -> None:
+    """Connections reset without a word from the server, COMMITs among them, neither lose nor double a row."""
+    stream = Stream(kafka.bootstrap, topic(2), 2)
+    make_table(breakable_database, "events")
+    slow_commits(breakable_database, "events")
+    proxy = Proxy(breakable_postgres.port)
+    proxy.start()
+    try:
+        parameters = conninfo_to_dict(breakable_database) | {"host": "127.0.0.1", "port": str(proxy.port)}
+        dsn = " ".join(f"{name}={value}" for name, value in parameters.items())
+        run = daemon({"events": handler(stream.topic, "events", write="append")}, {"postgres": {"dsn": dsn}})
+        for _ in range(10):
+            stream.produce(500)
+            proxy.cut()
+        wait_until(lambda: caught_up(run, {"events": stream}), 30, "the end of the topic")
+    finally:
+        proxy.close()
+    check(kafka, breakable_database, stream)
 
 
 def test_a_locked_table_is_waited_for(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:
