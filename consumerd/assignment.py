@@ -161,6 +161,8 @@ class Assignment:
             return None
         if decision.kind == "adopt":
             await self._acknowledge(partition, offset)
+        elif found.committed != offset:  # a crash came between COMMIT and the commit to Kafka: lag tools wait for it
+            self.commit([self.commit_of(partition, offset, None)])
         return Lease(epoch=stored.epoch, next_offset=offset, max_offset=max(stored.max_offset or 0, offset))
 
     async def _beginning(self, partition: TopicPartition, decision: Decision, found: Found) -> int:

@@ -49,7 +49,8 @@ class Commits:
         self._urgent = False
         # Only the Kafka thread touches these.
         self._sent: dict[TopicPartition, Commit] = {}
-        self._sent_at: float | None = None
+        self._unanswered = 0
+        self._sent_at = 0.0
         self._next = 0.0
 
     def leave(self, commits: Iterable[Commit]) -> None:
@@ -69,24 +70,26 @@ class Commits:
 
     def send(self, consumer: ck.Consumer, owned: Collection[TopicPartition], now: float, *, at_once: bool) -> None:
         """Send what is due. Offsets of partitions that are not owned are dropped: a broker would take them."""
-        if self._sent_at is not None and now - self._sent_at < TIMEOUT and not at_once:
+        if self._unanswered and now - self._sent_at < TIMEOUT and not at_once:
             return
         with self._lock:
             if not self._waiting or (now < self._next and not self._urgent and not at_once):
                 return
             commits, self._waiting, self._urgent = self._waiting, {}, False
-        self._sent = {partition: commit for partition, commit in commits.items() if partition in owned}
-        if self._sent:
+        commits = {partition: commit for partition, commit in commits.items() if partition in owned}
+        if commits:
             offsets = [
                 ck.TopicPartition(*c.partition, c.offset, c.metadata, -1 if c.leader_epoch is None else c.leader_epoch)
-                for c in self._sent.values()
+                for c in commits.values()
             ]
             consumer.commit(offsets=offsets, asynchronous=True)
+            self._sent |= commits
+            self._unanswered += 1
             self._sent_at, self._next = now, now + INTERVAL
 
     def on_answer(self, error: ck.KafkaError | None, partitions: list[ck.TopicPartition]) -> None:
         """Settle those who wait; what failed is sent again, unless it was replaced. Called on the Kafka thread."""
-        self._sent_at = None
+        self._unanswered -= 1
         failed = {TopicPartition(p.topic, p.partition): error or p.error for p in partitions if error or p.error}
         if failed:
             reason = next(iter(failed.values()))
@@ -106,7 +109,7 @@ class Commits:
     def all_answered(self) -> bool:
         """Whether nothing is left to send or to be answered."""
         with self._lock:
-            return not self._waiting and self._sent_at is None
+            return not self._waiting and self._unanswered <= 0
 
 
 def _acknowledge(future: asyncio.Future[None]) -> None:

@@ -15,9 +15,8 @@ HaltReason = Literal["table", "topic", "dead_letter", "breaker", "gap", "checkpo
 PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "rejected"]
 """Why a message cannot become a row: the fixed values of the label `reason` of dead-letter metrics.
 
-malformed: not JSON, or not an object. missing: absent or null where the column needs a value. type: of another
-type. range: outside the column's range or length. encoding: text that Postgres cannot hold. rejected: refused by
-the database itself.
+malformed: not JSON. missing: absent or null where a value is needed. type: of another type. range: outside the
+column's range or length. encoding: text that is not UTF-8. rejected: refused by the database itself.
 """
 
 

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from typing import Any
 
 import psycopg
 from confluent_kafka import Consumer, TopicPartition
@@ -26,6 +27,11 @@ def caught_up(daemon: Daemon, streams: dict[str, Stream]) -> bool:
         if at != ends:
             return False
     return True
+
+
+def handlers_of(daemon: Daemon) -> list[dict[str, Any]]:
+    """Return the status of each handler."""
+    return list(daemon.status()["handlers"].values())
 
 
 def handler(topic: str, table: str, **table_keys: object) -> dict[str, object]:
@@ -69,9 +75,11 @@ def test_ten_kills_lose_and_double_nothing(
     for producer in producers:
         producer.start()
     try:
-        for _ in range(KILLS):
-            moment = dice.uniform(0.4, 2.5)
-            threading.Event().wait(moment)
+        for kill in range(KILLS):
+            if kill % 4:  # each fourth comes while it starts, the others while it writes
+                run.wait_ready()
+                wait_until(lambda: all(handler["written"] for handler in handlers_of(run)), 30, "rows of this run")
+            threading.Event().wait(dice.uniform(0.0, 1.0))
             run.kill()
             run.start()
     finally:

@@ -18,6 +18,11 @@ def state(daemon: Daemon) -> str:
     return str(daemon.status()["handlers"]["events"]["state"])
 
 
+def retries(daemon: Daemon) -> float:
+    """Return how often Postgres was tried again."""
+    return daemon.metrics()['consumerd_retries_total{cause="postgres",handler="events"}']
+
+
 def check(kafka: KafkaServer, dsn: str, stream: Stream) -> None:
     """Compare table and letters with what was sent."""
     numbers = rows(dsn, "events")
@@ -49,7 +54,7 @@ def test_postgres_killed_and_started_again(
         breakable_postgres.start()
     wait_until(lambda: caught_up(run, {"events": stream}), 30, "the end of the topic")
     assert state(run) == "running"
-    assert run.metrics()['consumerd_retries_total{cause="postgres",handler="events"}'] > 0
+    assert retries(run) > 0
     assert run.logs().count("recovered") >= 1
     check(kafka, breakable_database, stream)
 
@@ -61,11 +66,12 @@ def test_connections_terminated(kafka: KafkaServer, database: str, topic: MakeTo
     run = daemon({"events": handler(stream.topic, "events", write="append")})
     with psycopg.connect(database, autocommit=True) as conn:
         for _ in range(10):
-            stream.produce(1_000)
+            stream.produce(500, per_second=2000.0)
             conn.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'consumerd/events'"
             )
     wait_until(lambda: caught_up(run, {"events": stream}), 30, "the end of the topic")
+    assert retries(run) > 0
     check(kafka, database, stream)
 
 
@@ -87,9 +93,10 @@ def test_connections_cut(
         dsn = " ".join(f"{name}={value}" for name, value in parameters.items())
         run = daemon({"events": handler(stream.topic, "events", write="append")}, {"postgres": {"dsn": dsn}})
         for _ in range(10):
-            stream.produce(500)
+            stream.produce(500, per_second=2000.0)
             proxy.cut()
         wait_until(lambda: caught_up(run, {"events": stream}), 30, "the end of the topic")
+        assert retries(run) > 0
     finally:
         proxy.close()
     check(kafka, breakable_database, stream)
