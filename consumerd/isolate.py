@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     from consumerd.sinks.base import Sink
 
 
-async def isolate(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]]) -> dict[int, Refusal]:
-    """Return why each refused row is refused, by its position; raises Outage or Halt for any other trouble."""
+async def isolate(
+    conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]], named: int | None = None
+) -> dict[int, Refusal]:
+    """Return why each refused row is refused, by its position; raises Outage or Halt for any other trouble.
+
+    `named` is the row that the failed write's error named, if it did: what comes before it is not tried with it again.
+    """
     refused: dict[int, Refusal] = {}
-    pieces = [(0, len(rows))]
+    pieces = [(0, len(rows))] if named is None else _pieces(0, len(rows), named)
     while pieces:
         start, end = pieces.pop()
         rejected = await _try(conn, sink, rows[start:end], start)
@@ -37,17 +42,18 @@ async def isolate(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[A
         if end - start == 1:
             refused[start] = rejected.refusal
             continue
-        cuts = _cuts(start, end, rejected.row)
-        pieces += reversed([(a, b) for a, b in pairwise(cuts) if a < b])
+        pieces += _pieces(start, end, rejected.row)
     return refused
 
 
-def _cuts(start: int, end: int, row: int | None) -> tuple[int, ...]:
-    """Return where to cut a refused piece of at least two rows; `row` counts from its start."""
+def _pieces(start: int, end: int, row: int | None) -> list[tuple[int, int]]:
+    """Cut a refused piece, the first part last; `row` counts from its start."""
     if row is None or not 0 <= row < end - start:
-        return start, (start + end) // 2, end
-    bad = start + row
-    return start, bad, bad + 1, (bad + 1 + end) // 2, end
+        cuts = [start, (start + end) // 2, end]
+    else:
+        bad = start + row
+        cuts = [start, bad, bad + 1, (bad + 1 + end) // 2, end]
+    return [(a, b) for a, b in reversed(list(pairwise(cuts))) if a < b]
 
 
 async def _try(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]], first: int) -> Rejected | None:

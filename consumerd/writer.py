@@ -82,12 +82,12 @@ class Writer:
             except Fenced:
                 for batch, lease in work:
                     await self._member.read_back(await self._connection(), batch, lease)
-            except Rejected:
+            except Rejected as rejected:
                 if len(work) > 1:
                     for one in work:
                         await self._until_settled([one])
                 else:
-                    await self._isolate(*work[0])
+                    await self._isolate(*work[0], rejected.row)
             except Outage:
                 await self.abort()
                 if any(self._member.holds(batch, lease) for batch, lease in work):
@@ -122,14 +122,14 @@ class Writer:
         if row != (table.fingerprint,):
             raise TableChanged
 
-    async def _isolate(self, batch: Batch, lease: Lease) -> None:
+    async def _isolate(self, batch: Batch, lease: Lease, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
         member = self._member
         rows: Rows = member.encoder.encode(batch)
         conn = await self._connection()
         async with postgres.transaction(conn, probe=True):
             await self._advance(conn, [(batch, lease)])
-            refused = await isolate(conn, member.sink, rows.rows)
+            refused = await isolate(conn, member.sink, rows.rows, named)
         batch.refused |= {rows.positions[row]: refusal for row, refusal in refused.items()}
         member.isolated(batch, refused)
         if not refused:
