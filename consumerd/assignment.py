@@ -88,7 +88,7 @@ class Assignment:
             pass
 
     async def claim(self, wanted: Sequence[TopicPartition], conn: AsyncConnection[Any]) -> dict[TopicPartition, Lease]:
-        """Claim and place partitions; return the leases of those that may be delivered now."""
+        """Claim and place partitions; return leases for those that may be delivered now."""
         wanted = [partition for partition in wanted if partition in self.assigned and partition not in self._delivered]
         if not wanted:
             return {}
@@ -101,11 +101,11 @@ class Assignment:
             lease = await self._place(conn, partition, claimed, found[partition])
             if lease is not None and partition in self.assigned:
                 leases[partition] = lease
-        self.leases.update(leases)
         return leases
 
     async def deliver(self, leases: Mapping[TopicPartition, Lease]) -> None:
-        """Have leased partitions delivered from where they go on."""
+        """Lease partitions, and have them delivered from where they go on."""
+        self.leases.update(leases)
         await self._thread.start_at({partition: lease.next_offset for partition, lease in leases.items()})
         self._delivered.update(leases)
 

@@ -76,6 +76,9 @@ class Listener(Protocol):
     def fill(self, in_transit: int) -> float:
         """Return the share of the buffer that is used, given bytes on their way to it; called on the thread."""
 
+    def started(self, partition: TopicPartition, offset: int) -> None:
+        """Take note that what is received of a partition from now on begins at an offset."""
+
     def received(self, chunks: list[Chunk]) -> None:
         """Take messages of partitions that were started."""
 
@@ -259,6 +262,8 @@ class ConsumerThread(threading.Thread):
                 continue
             self._seek(consumer, partition, offset)
             self._live.add(partition)
+            # In order with the messages: those told before this were fetched before the seek.
+            self._tell(self._listener.started, partition, offset)
             if not self._paused:
                 consumer.resume(brokers.positions([partition]))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -221,8 +222,7 @@ class Member:
         if epoch == lease.epoch and offset is not None:
             log.warning("the checkpoint went from %s to %s: reading again", lease.next_offset, offset, extra=extra)
             again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
-            self._assignment.leases[partition] = again
-            await self._deliver({partition: again})
+            await self._assignment.deliver({partition: again})
         else:
             log.warning("fenced: another member claimed the partition", extra=extra)
             self._assignment.claim_later(partition)
@@ -269,8 +269,16 @@ class Member:
         """Return the share of the buffer that is used: of its memory, or of what keeps every connection busy."""
         return max((self._batches.memory + in_transit) / self.bound, self._batches.messages / self._enough)
 
+    def started(self, partition: TopicPartition, offset: int) -> None:
+        """Open a leased partition: only what comes after this was fetched from where the lease goes on."""
+        lease = self._assignment.leases.get(partition)
+        if lease is not None and lease.next_offset == offset:
+            self._positions[partition] = offset
+            self._batches.open(partition)
+            self.progress.leased(partition, offset)
+
     def received(self, chunks: list[Chunk]) -> None:
-        """Gather messages of leased partitions; what lies before the position was delivered before a seek."""
+        """Gather messages of started partitions."""
         now = time.monotonic()
         for chunk in chunks:
             position = self._positions.get(chunk.partition)
@@ -339,18 +347,11 @@ class Member:
             leases = await self._assignment.claim(partitions, conn)
         finally:
             await conn.close()
-        await self._deliver(leases)
+        if leases:
+            self._release(leases)
+            await self._assignment.deliver(leases)
         self.recovered("postgres", "kafka")
         self.progress.joined()
-
-    async def _deliver(self, leases: dict[TopicPartition, Lease]) -> None:
-        """Open leased partitions for messages, and ask for these."""
-        for partition, lease in leases.items():
-            self._positions[partition] = lease.next_offset
-            self._batches.open(partition)
-            self.progress.leased(partition, lease.next_offset)
-        if leases:
-            await self._assignment.deliver(leases)
 
     def _release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""
@@ -419,5 +420,7 @@ def _first_halt(error: Exception) -> Halt:
         return next((halt for halt in halts if halt.reason != "bug"), halts[0])
     if isinstance(error, Halt):
         return error
-    log.error("a task of the handler failed", exc_info=error)
-    return Halt("bug", f"{type(error).__name__}: {error}")
+    # Frames and classes alone: texts of exceptions hold values of rows.
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    log.error("a task of the handler failed", extra={"error": type(error).__qualname__, "frames": frames})
+    return Halt("bug", f"a task failed with {type(error).__qualname__}: please report the frames in the log")

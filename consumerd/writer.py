@@ -76,22 +76,27 @@ class Writer:
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
             try:
-                await self._attempt(work)
+                await self._step(work)
             except TableChanged:
                 await self._member.load_table()
             except Fenced:
                 for batch, lease in work:
                     await self._member.read_back(await self._connection(), batch, lease)
-            except Rejected as rejected:
-                if len(work) > 1:
-                    for one in work:
-                        await self._until_settled([one])
-                else:
-                    await self._isolate(*work[0], rejected.row)
             except Outage:
                 await self.abort()
                 if any(self._member.holds(batch, lease) for batch, lease in work):
                     raise
+
+    async def _step(self, work: Work) -> None:
+        """Write, or learn which of it is refused: a write of several batches goes again one by one."""
+        try:
+            await self._attempt(work)
+        except Rejected as rejected:
+            if len(work) == 1:
+                await self._isolate(*work[0], rejected.row)
+            else:
+                for one in work:
+                    await self._until_settled([one])
 
     async def _attempt(self, work: Work) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""

@@ -154,6 +154,41 @@ def test_two_members_share_without_loss_or_double(
     assert set(numbers) == stream.good()
 
 
+def test_a_database_that_went_back_is_written_again(
+    kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """Rows and checkpoint taken back together under load (a failover) are read and written again, each once."""
+    stream = Stream(kafka.bootstrap, topic(2), 2)
+    make_table(database, "events")
+    run = daemon({"events": handler(stream.topic, "events", write="append")})
+    producer = threading.Thread(target=stream.produce, args=[30_000], kwargs={"per_second": PACE})
+    producer.start()
+    try:
+        for times in range(1, 9):
+            wait_until(lambda n=times: handlers_of(run)[0]["written"] > 2_000 * n, 30, "rows to take back")  # type: ignore[misc]
+            go_back(database, stream, 300)
+    finally:
+        producer.join()
+    wait_until(lambda: caught_up(run, {"events": stream}), 30, "the end of the topic")
+    assert run.metrics()['consumerd_fenced_writes_total{handler="events"}'] > 0
+    assert run.stop() == 0
+
+    numbers = rows(database, "events")
+    assert doubled(numbers) == {}
+    assert set(numbers) == stream.good()
+
+
+def go_back(dsn: str, stream: Stream, offsets: int) -> None:
+    """Take the last offsets of each partition back: rows and checkpoint, as a standby that was behind has them."""
+    with psycopg.connect(dsn) as conn:
+        stood = conn.execute("SELECT partition, next_offset FROM consumerd.checkpoint FOR UPDATE").fetchall()
+        for partition, offset in stood:
+            back = max(0, offset - offsets)
+            gone = [stream.sent[partition, taken] for taken in range(back, offset)]
+            conn.execute("DELETE FROM events WHERE n = ANY (%s)", [gone])
+            conn.execute("UPDATE consumerd.checkpoint SET next_offset = %s WHERE partition = %s", [back, partition])
+
+
 def committed(kafka: KafkaServer, stream: Stream) -> dict[int, int]:
     """Return the offsets that Kafka has for a group."""
     consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": stream.topic})
