@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.checkpoint import Checkpoints
-    from consumerd.config import HandlerConfig
+    from consumerd.config import HandlerConfig, KafkaConfig
     from consumerd.kafka import ConsumerThread
     from consumerd.topics import Topic
     from consumerd.types import TopicPartition
@@ -42,6 +42,7 @@ class Assignment:
 
     def __init__(
         self,
+        kafka: KafkaConfig,
         handler: HandlerConfig,
         *,
         topics: Mapping[str, Topic],
@@ -49,6 +50,7 @@ class Assignment:
         checkpoints: Checkpoints,
         thread: ConsumerThread,
     ) -> None:
+        self._kafka = kafka
         self._handler = handler
         self._topics = topics
         self._store = store
@@ -152,7 +154,14 @@ class Assignment:
         if offset is None:
             offset = await self._beginning(partition, decision, found)
         if not found.low <= offset <= found.high:
-            raise gap(partition, offset, found.low, found.high)
+            raise gap(
+                partition,
+                offset,
+                low=found.low,
+                high=found.high,
+                group=self._handler.group_id,
+                bootstrap=self._kafka.bootstrap_servers,
+            )
         if partition not in self.assigned:
             return None
         if decision.kind != "resume" and not await self._checkpoints.place(

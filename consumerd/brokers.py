@@ -96,16 +96,17 @@ def offset_at(consumer: ck.Consumer, partition: TopicPartition, timestamp_ms: in
     return int(bounds[1])
 
 
-def gap_of(consumer: ck.Consumer, partition: TopicPartition, offset: int | None) -> Halt:
+def gap_of(consumer: ck.Consumer, partition: TopicPartition, offset: int | None, group: str, bootstrap: str) -> Halt:
     """Name what is missing of a partition whose position is outside its log."""
     try:
         low, high = consumer.get_watermark_offsets(ck.TopicPartition(*partition), timeout=CALL_TIMEOUT)
     except (KafkaException, TypeError):
         return Halt("gap", f"{partition}: the position is outside the log, and the log's bounds are not known")
-    return gap(partition, offset if offset is not None and offset >= 0 else None, low, high)
+    position = offset if offset is not None and offset >= 0 else None
+    return gap(partition, position, low=low, high=high, group=group, bootstrap=bootstrap)
 
 
-def gap(partition: TopicPartition, position: int | None, low: int, high: int) -> Halt:
+def gap(partition: TopicPartition, position: int | None, *, low: int, high: int, group: str, bootstrap: str) -> Halt:
     """Return the halt of a partition whose position is not in its log, offsets [low, high)."""
     if position is not None and position < low:
         what = f"offsets {position}..{low - 1} are gone from the log (retention was faster than this handler)"
@@ -113,8 +114,9 @@ def gap(partition: TopicPartition, position: int | None, low: int, high: int) ->
         what = f"the position {'' if position is None else f'{position} '}is not in the log, which holds {low}..{high}"
     return Halt(
         "gap",
-        f"{partition}: {what}; nothing was skipped. To go on after the gap: kafka-consumer-groups --reset-offsets "
-        f"--topic {partition} --to-offset {low} --execute for this handler's group, then restart",
+        f"{partition}: {what}; nothing was skipped. To go on after the gap: kafka-consumer-groups "
+        f"--bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} --to-offset {low} "
+        f"--execute, then restart",
     )
 
 

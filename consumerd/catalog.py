@@ -125,7 +125,11 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
     if kind not in "rp":
         raise Halt("table", f"{name} is not a table: only tables and partitioned tables are written to")
     if persistence != "p":
-        raise Halt("table", f"table {name} is unlogged: a crash would empty it and keep its checkpoint")
+        raise Halt(
+            "table",
+            f"table {name} is unlogged: a crash would empty it and keep its checkpoint; type: "
+            f"ALTER TABLE {identifier} SET LOGGED;",
+        )
     if missing or not schema_usage:
         grants = [f"GRANT {', '.join(missing)} ON {identifier} TO {role};"] if missing else []
         grants += [] if schema_usage else [f"GRANT USAGE ON SCHEMA {identifier.split('.')[0]} TO {role};"]

@@ -15,7 +15,7 @@ import msgspec
 from psycopg import sql
 
 from consumerd import postgres
-from consumerd.errors import Halt
+from consumerd.errors import Halt, TableChanged
 from consumerd.postgres import call
 from consumerd.types import TopicPartition
 
@@ -54,6 +54,13 @@ CREATE TABLE IF NOT EXISTS {schema}.checkpoint (
 ) WITH (fillfactor = 50);
 """
 """What `consumerd setup` makes. Half-filled pages keep the checkpoint's updates within their page (HOT)."""
+
+_THERE = """\
+SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = %(schema)s AND c.relname = 'checkpoint'"""
+
+_TRY = """\
+SELECT store, (SELECT count(*) FROM {schema}.checkpoint WHERE false) FROM {schema}.store"""
 
 _APPEAR = """\
 INSERT INTO {schema}.checkpoint (group_id, topic, partition, next_offset, target, mode)
@@ -176,11 +183,11 @@ def decode_stamp(metadata: str | None) -> Stamp | None:
     """Return the stamp in a committed offset's metadata, if it is ours."""
     try:
         return msgspec.json.decode(metadata or "", type=Stamp)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
 
 
-def decide(  # noqa: C901, PLR0911, PLR0913 - one branch for each row of the table that it is
+def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that it is
     partition: TopicPartition,
     stored: Stored,
     committed: Committed,
@@ -240,12 +247,27 @@ def decide(  # noqa: C901, PLR0911, PLR0913 - one branch for each row of the tab
     return Decision(kind="resume", offset=here)
 
 
+GRANTS = """\
+GRANT USAGE ON SCHEMA {schema} TO {role};
+GRANT SELECT ON {schema}.store TO {role};
+GRANT SELECT, INSERT, UPDATE ON {schema}.checkpoint TO {role};
+"""
+"""What a role needs that does not own the schema."""
+
+
 async def ensure_schema(conn: AsyncConnection[Any], schema: str) -> None:
-    """Make the daemon's own schema and tables where they are missing; raises Halt when the role may not."""
+    """Make the daemon's own schema and tables where they are missing; raises Halt with what to type."""
     name = sql.Identifier(schema)
-    ((there,),) = await call(conn, "SELECT to_regclass(%(name)s) IS NOT NULL", {"name": f'"{schema}".checkpoint'})
-    if there:
-        return
+    try:
+        # The catalog is asked, not to_regclass: that needs the privileges that may be missing.
+        there = await call(conn, _THERE, {"schema": schema})
+        if there:
+            await call(conn, sql.SQL(_TRY).format(schema=name))
+            return
+    except (Halt, TableChanged) as halt:
+        ((role,),) = await call(conn, "SELECT current_user::text")
+        grants = sql.SQL(GRANTS).format(schema=name, role=sql.Identifier(role)).as_string()
+        raise Halt("database", f"{halt}; let the owner of schema {schema} type: {' '.join(grants.split())}") from halt
     try:
         async with postgres.transaction(conn):
             await conn.execute("SELECT pg_advisory_xact_lock(hashtext('consumerd setup'))")

@@ -72,11 +72,12 @@ def run(config: ConfigOption = None, properties: PropertyOption = None, log_leve
 def setup(
     config: ConfigOption = None,
     properties: PropertyOption = None,
+    log_level: LevelOption = None,
     *,
     sql: Annotated[bool, typer.Option("--sql", help="Print the SQL for a DBA, change nothing.")] = False,
 ) -> None:
     """Make the schema and tables that the daemon keeps its checkpoints in. `run` does it too, where its role may."""
-    loaded = _load(config, properties, None)
+    loaded = _load(config, properties, log_level)
     from consumerd.commands.setup import make, statements  # noqa: PLC0415 - what only `setup` needs
 
     if sql:

@@ -18,6 +18,7 @@ from consumerd import __version__, metrics
 from consumerd.http import HttpServer
 from consumerd.member import Member
 from consumerd.progress import total_lag
+from consumerd.topics import Topics
 
 if TYPE_CHECKING:
     from consumerd.config import Config
@@ -32,6 +33,7 @@ class Daemon:
     """One process: a member for each handler."""
 
     def __init__(self, config: Config) -> None:
+        Topics(config.kafka)  # a property that librdkafka does not know is a mistake of the configuration
         self._config = config
         self._started = time.time()
         self._stop = asyncio.Event()

@@ -38,6 +38,9 @@ ACKNOWLEDGE_WAIT = 0.2
 VISIBLE_AFTER = 5.0
 """Seconds without an acknowledgement after which that is an outage for all to see."""
 
+ATTEMPT_DIGITS = 9
+"""Digits of an attempt that we may have written; a longer one is somebody else's."""
+
 Headers = list[tuple[str, bytes | None]]
 
 
@@ -177,4 +180,4 @@ def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Ref
 def _attempt(message: Message) -> int:
     """Return how many times this message has failed, this one included."""
     earlier = dict(message.headers() or []).get(f"{OUR_PREFIX}attempt")
-    return int(earlier) + 1 if earlier and earlier.isdigit() else 1
+    return int(earlier) + 1 if earlier and earlier.isdigit() and len(earlier) <= ATTEMPT_DIGITS else 1

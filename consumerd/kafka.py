@@ -134,7 +134,9 @@ class ConsumerThread(threading.Thread):
 
     async def found(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
         """Ask the brokers for the bounds and the committed offsets of partitions; raises Outage."""
-        return await self._ask(lambda consumer: brokers.find(consumer, partitions))
+        found = await self._ask(lambda consumer: brokers.find(consumer, partitions))
+        self._listener.watermarks({partition: bounds.high for partition, bounds in found.items()})
+        return found
 
     async def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:
         """Return the first offset at or after a time; the log's end if there is none."""
@@ -362,7 +364,10 @@ class ConsumerThread(threading.Thread):
         if code == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001
             partition = TopicPartition(str(message.topic()), int(message.partition() or 0))
             if partition in self._live:
-                self._tell(self._listener.failed, brokers.gap_of(consumer, partition, message.offset()))
+                group, bootstrap = self._config["group.id"], self._config["bootstrap.servers"]
+                self._tell(
+                    self._listener.failed, brokers.gap_of(consumer, partition, message.offset(), group, bootstrap)
+                )
         elif code in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}:  # noqa: SLF001
             self._tell(self._listener.failed, Halt("topic", f"topic {message.topic()} is gone from the broker"))
         elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:

@@ -24,7 +24,7 @@ from consumerd.brokers import consumer_config
 from consumerd.checkpoint import Checkpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
 from consumerd.encode import Encoder
-from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage
+from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, TableChanged
 from consumerd.kafka import ConsumerThread
 from consumerd.progress import Progress
 from consumerd.sinks.append import Append
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from consumerd.errors import Refusal
     from consumerd.kafka import Chunk
     from consumerd.sinks.base import Sink
+    from consumerd.topics import Topic
     from consumerd.types import Message, TopicPartition
     from consumerd.writer import Work
 
@@ -79,6 +80,8 @@ class Member:
         self._batches = Accumulator(
             Bounds(max_messages=batch.max_messages, max_bytes=batch.max_bytes, max_age=batch.max_age)
         )
+        self._topics: Topics
+        self._found: dict[str, Topic] = {}
         self._assignment: Assignment
         self._positions: dict[TopicPartition, int] = {}
         self._thread: ConsumerThread | None = None
@@ -98,6 +101,7 @@ class Member:
                 name = self.handler.name
                 tasks.create_task(self._claim_forever(), name=f"{name}: claim")
                 tasks.create_task(self._fail(), name=f"{name}: failure")
+                tasks.create_task(self._topics.watch(self._found), name=f"{name}: topics")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
@@ -119,9 +123,11 @@ class Member:
 
     async def _start(self) -> None:
         """Look at everything that must be there before the first message; raises Halt with what to type."""
-        topics = Topics(self.config.kafka)
-        found = await topics.find(self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers])
-        await topics.ensure_dead_letter(self.handler.dead_letter, found)
+        self._topics = Topics(self.config.kafka)
+        found = self._found = await self._topics.find(
+            self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers]
+        )
+        await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
             await ensure_schema(conn, self.config.postgres.schema_name)
@@ -136,7 +142,12 @@ class Member:
         self._writers = [Writer(self) for _ in range(self.handler.max_connections)]
         self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name)
         self._assignment = Assignment(
-            self.handler, topics=found, store=store, checkpoints=self.checkpoints, thread=self._thread
+            self.config.kafka,
+            self.handler,
+            topics=found,
+            store=store,
+            checkpoints=self.checkpoints,
+            thread=self._thread,
         )
         self._thread.start()
         self.recovered()
@@ -231,13 +242,23 @@ class Member:
         """Open a connection of this handler."""
         return await postgres.connect(self.config.postgres, f"consumerd/{self.handler.name}")
 
-    async def load_table(self) -> None:
-        """Read the table again, because it has changed; raises Halt when the mapping no longer fits."""
+    async def load_table(self, changed: TableChanged) -> None:
+        """Read the table again, because it has changed; raises Halt when what was written to is not there any more."""
+        old = self.encoder
         conn = await self.connect()
         try:
             await self._load_table(conn)
         finally:
             await conn.close()
+        if self.encoder.table == old.table:
+            raise Halt("database", str(changed))
+        gone = [column.name for column in old.columns if self.encoder.table.column(column.name) is None]
+        if gone:
+            raise Halt(
+                "table",
+                f"column {', '.join(gone)} of table {old.table.name} is gone: rename it back, or map the new name "
+                f"under [columns], then restart; a restart alone goes on with the columns that are there",
+            )
         log.info("the table has changed: read again from the catalog", extra={"handler": self.handler.name})
 
     async def _load_table(self, conn: AsyncConnection[Any]) -> None:

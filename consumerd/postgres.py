@@ -15,7 +15,7 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict
 
-from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected
+from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected, TableChanged
 from consumerd.sqlstate import Next, next_step
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def translate(error: psycopg.Error, conn: AsyncConnection[Any]) -> ConsumerdErro
     match step:
         case Next.ISOLATE:
             return Rejected(_refusal(error, state), _row(error))
+        case Next.RELOAD:
+            return TableChanged(f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
         case Next.HALT:
             return Halt("database", f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
         case _:

@@ -136,7 +136,6 @@ class Progress:
 
     def released(self, partition: TopicPartition) -> None:
         """Forget a partition, and its gauges: another member's are right from now on."""
-        self.high.pop(partition, None)
         if self.partitions.pop(partition, None):
             for gauge in (metrics.lag_messages, metrics.lag_seconds, metrics.checkpoint_offset):
                 try:

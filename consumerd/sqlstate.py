@@ -21,6 +21,8 @@ class Next(Enum):
     """The server lacks something (disk, memory, connections): again, with long pauses."""
     ISOLATE = auto()
     """The data of a row is at fault."""
+    RELOAD = auto()
+    """A table or column is not there: read the catalog again, and halt if that explains nothing."""
     HALT = auto()
     """The schema, the configuration or this program is at fault."""
 
@@ -83,6 +85,10 @@ CODES: dict[str, Next] = {
     "54000": Next.ISOLATE,  # an index row too large
     "54001": Next.ISOLATE,  # JSON nested too deeply
     "P0001": Next.ISOLATE,  # a trigger's RAISE
+    # The table is not as it was.
+    "3F000": Next.RELOAD,
+    "42703": Next.RELOAD,
+    "42P01": Next.RELOAD,
     # Listed only to say that the rest of their class does not apply to them.
     "2200H": Next.HALT,  # a sequence is exhausted
     "22P03": Next.HALT,  # our binary encoding is wrong

@@ -15,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from consumerd.brokers import client_config
-from consumerd.errors import Halt, Outage
+from consumerd.errors import ConfigError, Halt, Outage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 CALL_TIMEOUT = 5.0
 """Seconds for one call."""
+
+WATCH_INTERVAL = 1.0
+"""Seconds between two looks at the topics' ids."""
 
 LETTER_HEADROOM = 64 * 1024
 """Bytes by which a letter may be larger than its message: the headers that say why."""
@@ -45,7 +48,10 @@ class Topics:
 
     def __init__(self, kafka: KafkaConfig) -> None:
         self._kafka = kafka
-        self._admin = AdminClient(client_config(kafka))
+        try:
+            self._admin = AdminClient(client_config(kafka))
+        except KafkaException as error:
+            raise ConfigError(f"[kafka.properties]: {error.args[0].str()}") from error
 
     async def find(self, patterns: Iterable[str], never: Iterable[str]) -> dict[str, Topic]:
         """Return the topics that are named, or match a pattern (`^...`); raises Halt when a named one is missing.
@@ -69,6 +75,26 @@ class Topics:
         ids = await self._call(self._ids, names) if self._kafka.admin else {}
         return {name: Topic(name=name, partitions=there[name], topic_id=ids.get(name)) for name in names}
 
+    async def watch(self, topics: Mapping[str, Topic]) -> None:
+        """Look now and then whether topics are still the same ones; raises Halt when one was made again.
+
+        Kafka tells nobody: the old position goes on in the new log, and what lies below it there is skipped.
+        """
+        while self._kafka.admin:
+            await asyncio.sleep(WATCH_INTERVAL)
+            try:
+                ids = await self._call(self._ids, list(topics))
+            except (Outage, Halt):
+                continue  # the consumer meets the same, and tells
+            for name, topic in topics.items():
+                if ids[name] != topic.topic_id:
+                    raise Halt(
+                        "topic",
+                        f"topic {name} was deleted and made again while it was read: its offsets mean other messages "
+                        f"than the checkpoint; messages of the new topic may have been taken from the old position on; "
+                        f"set `group_id` to a new name to read the new topic from its start",
+                    )
+
     async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> None:
         """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt."""
         there = await self._call(self._partitions)
@@ -86,7 +112,7 @@ class Topics:
                 )
             await self._call(self._create, config, largest)
         elif largest is not None:
-            _check(config.topic, await self._call(self._settings, config.topic), largest)
+            _check(config.topic, await self._call(self._settings, config.topic), largest, self._kafka.bootstrap_servers)
 
     async def _largest_message(self, sources: Iterable[str]) -> int:
         settings = [await self._call(self._settings, source) for source in sources]
@@ -132,7 +158,7 @@ class Topics:
                 raise
 
 
-def _check(topic: str, settings: Mapping[str, str], largest: int) -> None:
+def _check(topic: str, settings: Mapping[str, str], largest: int, bootstrap: str) -> None:
     """Refuse a dead-letter topic that drops letters: all that is wrong with it in one sentence."""
     wrong = []
     if settings["cleanup.policy"] != "delete":
@@ -146,6 +172,6 @@ def _check(topic: str, settings: Mapping[str, str], largest: int) -> None:
         change = ",".join(f"{name}={value}" for name, value, _ in wrong)
         raise Halt(
             "dead_letter",
-            f"dead-letter topic {topic} would lose letters: {reasons}; type: kafka-configs --alter --topic {topic} "
-            f"--add-config {change}",
+            f"dead-letter topic {topic} would lose letters: {reasons}; type: kafka-configs --bootstrap-server "
+            f"{bootstrap} --alter --topic {topic} --add-config {change}",
         )

@@ -77,8 +77,8 @@ class Writer:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
             try:
                 await self._step(work)
-            except TableChanged:
-                await self._member.load_table()
+            except TableChanged as changed:
+                await self._member.load_table(changed)
             except Fenced:
                 for batch, lease in work:
                     await self._member.read_back(await self._connection(), batch, lease)
@@ -125,7 +125,7 @@ class Writer:
         await conn.execute(f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE")
         row = await (await conn.execute(fingerprint_query(table.name))).fetchone()
         if row != (table.fingerprint,):
-            raise TableChanged
+            raise TableChanged(f"table {table.name} is not as it was read from the catalog")
 
     async def _isolate(self, batch: Batch, lease: Lease, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
@@ -146,9 +146,9 @@ class Writer:
             _refuse_repeats(batch, lease)
 
     async def _dead_letter(self, batch: Batch) -> None:
-        if batch.refused:
-            self._member.breaker.judge(batch, time.monotonic())
-            await self._member.letters.send(batch)
+        """Judge a batch, good ones too, and send the letters it has."""
+        self._member.breaker.judge(batch, time.monotonic())
+        await self._member.letters.send(batch)
 
     async def _connection(self) -> AsyncConnection[Any]:
         """Return the open connection, made ready for the sink."""

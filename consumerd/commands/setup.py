@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from psycopg import sql
 
 from consumerd import postgres
-from consumerd.checkpoint import SCHEMA, ensure_schema
+from consumerd.checkpoint import GRANTS, SCHEMA, ensure_schema
 
 if TYPE_CHECKING:
     from consumerd.config import Config
@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 def statements(config: Config) -> str:
     """Return the SQL, with the grants for a role that does not own the schema."""
     schema = sql.Identifier(config.postgres.schema_name)
-    grants = """\
--- for a role that is not the owner:
--- GRANT USAGE ON SCHEMA {schema} TO loader;
--- GRANT SELECT ON {schema}.store TO loader;
--- GRANT SELECT, INSERT, UPDATE ON {schema}.checkpoint TO loader;
-"""
-    return sql.SQL(SCHEMA + grants).format(schema=schema).as_string()
+    made = sql.SQL(SCHEMA).format(schema=schema).as_string()
+    grants = sql.SQL(GRANTS).format(schema=schema, role=sql.SQL("loader")).as_string()
+    commented = "".join(f"-- {line}\n" for line in grants.splitlines())
+    return f"{made}-- For a role that is not the owner, here one of the name loader:\n{commented}"
 
 
 async def make(config: Config) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import json
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import msgspec
@@ -33,6 +34,10 @@ JSONB_VERSION: Final = b"\x01"
 
 JSONB: Final = 3802
 NUMERIC: Final = 1700
+DOUBLE: Final = 701
+
+DOUBLE_DIGITS: Final = 300
+"""Zeros behind the point from which on a number without an exponent may be too small for a double."""
 
 MAX_NUMERIC_DIGITS: Final = 131072
 """Digits that Postgres's numeric holds before the point. Without the check a JSON number of twelve characters,
@@ -66,8 +71,8 @@ def decoder(fields: tuple[Field, ...]) -> Callable[[bytes], tuple[Any, ...]]:
     compiler = _Compiler(fields)
     decode = msgspec.json.Decoder(compiler.struct(_tree(fields), "r", ())).decode
     row = "".join(f"{compiler.expressions[index]}, " for index in range(len(fields)))
-    build = eval(f"lambda r: ({row})", compiler.names)  # noqa: S307 - all names in it are made here
-    return lambda value: build(decode(value))
+    build = eval(f"lambda r, v: ({row})", compiler.names)  # noqa: S307 - all names in it are made here
+    return lambda value: build(decode(value), value)
 
 
 def refusal(error: Exception) -> Refusal:
@@ -75,6 +80,7 @@ def refusal(error: Exception) -> Refusal:
     if isinstance(error, Poison):
         return error.refusal
     text = str(error)
+    what, _, where = text.partition(" - at `$")
     reason: PoisonReason = "type"
     if isinstance(error, UnicodeError):
         reason, text = "encoding", "text is not valid UTF-8"
@@ -82,13 +88,13 @@ def refusal(error: Exception) -> Refusal:
         reason, text = "malformed", "JSON is nested too deeply"
     elif not isinstance(error, msgspec.ValidationError):
         reason = "malformed"
-    elif text.startswith("Object missing") or "got `null`" in text:
+    elif text.startswith("Object missing") or "got `null`" in what:
         reason = "missing"
-    elif "range" in text or "= " in text.partition(" - at")[0]:
+    elif "range" in what or "= " in what:
         reason = "range"
-    names = [text.partition("at `$")[2].rstrip("`").lstrip(".")]
+    names = [where.rstrip("`").lstrip(".")]
     if text.startswith("Object missing required field `"):
-        names.append(text.split("`")[1])
+        names.append(what.split("`")[1])
     return _refusal(reason, text, ".".join(filter(None, names)) or None, type(error))
 
 
@@ -119,7 +125,6 @@ class _Compiler:
             "join": b"".join,
             "version": JSONB_VERSION,
             "null": msgspec.Raw(_NULL),
-            "numeric": _numeric,
         } | {f"default{index}": value for index, value in self._defaults.items()}
 
     def struct(self, node: _Node, source: str, guards: tuple[str, ...]) -> type[msgspec.Struct]:
@@ -130,7 +135,14 @@ class _Compiler:
             member = f"f{len(members)}"
             rename[member] = name
             members.append((member, *self._member(child, f"{source}.{member}", guards)))
-        return msgspec.defstruct("Value", members, rename=rename, gc=False, frozen=True, kw_only=True)
+        try:
+            return msgspec.defstruct("Value", members, rename=rename, gc=False, frozen=True, kw_only=True)
+        except ValueError as error:
+            names = ", ".join(map(repr, node.below))
+            raise ConfigError(
+                f"one of the names {names} has a quote, a backslash or a control character in it, which "
+                "cannot be read from JSON by this version: map the column to another name"
+            ) from error
 
     def _member(self, node: _Node, source: str, guards: tuple[str, ...]) -> tuple[Any, ...]:
         """Return type and default of one name of a Struct."""
@@ -144,7 +156,7 @@ class _Compiler:
 
     def _leaf(self, index: int, source: str, guards: tuple[str, ...]) -> tuple[Any, ...]:
         column = self._fields[index].column
-        self._note(index, _pick(column, source, self.names, index), guards)
+        self._note(index, _pick(self._fields[index], source, self.names, index), guards)
         kind = _annotation(column)
         if column.oid == JSONB:
             default = self._defaults[index]
@@ -159,12 +171,11 @@ class _Compiler:
         depth = source.count(".")
         for index in _indexes(node):
             entry = self._fields[index]
-            alone = Field(column=entry.column, path=("value", *entry.path[depth:]), default=entry.default)
-            self.names[f"alone{index}"] = decoder((alone,))
-            self._note(index, f"alone{index}(join((opening, {source}, closing)))[0]", guards)
-        self.names |= {"opening": b'{"value":', "closing": b"}"}
+            self.names[f"alone{index}"] = _alone(entry, depth)
+            self._note(index, f"(alone{index}({source}) if {source} != absent else default{index})", guards)
+        self.names["absent"] = msgspec.Raw(b"")
         required = any(self._required(index) for index in _indexes(node))
-        return (msgspec.Raw,) if required else (msgspec.Raw, msgspec.Raw(_NULL))
+        return (msgspec.Raw,) if required else (msgspec.Raw, msgspec.Raw(b""))
 
     def _note(self, index: int, expression: str, guards: tuple[str, ...]) -> None:
         if guards:
@@ -174,6 +185,23 @@ class _Compiler:
 
     def _required(self, index: int) -> bool:
         return self._fields[index].column.not_null and self._fields[index].default is ABSENT
+
+
+def _alone(entry: Field, depth: int) -> Callable[[msgspec.Raw], Any]:
+    """Return a function that decodes one column from the bytes of a name above it, at `depth` of its path."""
+    decode = decoder((Field(column=entry.column, path=("value", *entry.path[depth:]), default=entry.default),))
+    above = ".".join(entry.path[:depth])
+
+    def alone(raw: msgspec.Raw) -> Any:  # noqa: ANN401 - of the column's type
+        try:
+            return decode(b"".join((b'{"value":', raw, b"}")))[0]
+        except (ValueError, RecursionError, Poison) as error:
+            refused = refusal(error)
+            column = above + (refused.column or "").removeprefix("value")
+            message = refused.message.replace("$.value", f"$.{above}")
+            raise Poison(replace(refused, column=column, message=message)) from error
+
+    return alone
 
 
 def _indexes(node: _Node) -> list[int]:
@@ -192,7 +220,7 @@ _TYPES: dict[int, Any] = {
     21: _integer(16),
     23: _integer(32),
     25: str,
-    701: float,
+    DOUBLE: float,
     1043: str,
     1184: Annotated[dt.datetime, msgspec.Meta(tz=True)],
     NUMERIC: decimal.Decimal,
@@ -208,8 +236,9 @@ def _annotation(column: Column) -> Any:  # noqa: ANN401 - a type form
     return _TYPES[column.oid]
 
 
-def _pick(column: Column, source: str, names: dict[str, Any], index: int) -> str:
-    """Return the expression that makes a decoded value the row's."""
+def _pick(entry: Field, source: str, names: dict[str, Any], index: int) -> str:
+    """Return the expression that makes a decoded value the row's; `v` is the message's value."""
+    column = entry.column
     if column.oid == JSONB:
         otherwise = "None"
         if column.not_null:
@@ -217,8 +246,11 @@ def _pick(column: Column, source: str, names: dict[str, Any], index: int) -> str
             otherwise = f"missing{index}()"
         return f"(join((version, {source})) if {source} != null else {otherwise})"
     if column.oid == NUMERIC:
-        digits = column.integer_digits
-        return f"numeric({source}, {MAX_NUMERIC_DIGITS if digits is None else digits}, {column.name!r})"
+        names[f"numeric{index}"] = _numeric(entry)
+        return f"numeric{index}({source}, v)"
+    if column.oid == DOUBLE:
+        names[f"zero{index}"] = _zero(entry)
+        return f"({source} or zero{index}({source}, v))"
     return source
 
 
@@ -230,21 +262,50 @@ def _default(entry: Field) -> Any:  # noqa: ANN401 - of the column's type
     if column.oid == JSONB:
         return JSONB_VERSION + msgspec.json.encode(entry.default)
     try:
-        return msgspec.convert(entry.default, _annotation(column))
-    except msgspec.ValidationError as error:
-        text = str(error)
-        raise ConfigError(f"columns.{column.name}.default does not fit {column.type_name}: {text}") from error
+        value = msgspec.convert(entry.default, _annotation(column))
+        return _numeric(entry)(value, b"") if column.oid == NUMERIC else value
+    except (msgspec.ValidationError, Poison) as error:
+        raise ConfigError(f"columns.{column.name}.default does not fit {column.type_name}: {error}") from error
 
 
-def _numeric(value: decimal.Decimal | None, digits: int, column: str) -> decimal.Decimal | None:
-    """Refuse what a numeric column cannot hold, or what JSON has no number for."""
-    if value is None:
-        return None
-    if not value.is_finite():
-        raise Poison(_refusal("range", "not a number that JSON has", column))
-    if value and value.adjusted() >= digits:
-        raise Poison(_refusal("range", f"more than {digits} digits before the point", column))
-    return value
+def _numeric(entry: Field) -> Callable[[decimal.Decimal | None, bytes], decimal.Decimal | None]:
+    """Return a check for what a numeric column cannot hold, and for digits of other scripts."""
+    limit = entry.column.integer_digits
+    digits = MAX_NUMERIC_DIGITS if limit is None else limit
+
+    def numeric(value: decimal.Decimal | None, message: bytes) -> decimal.Decimal | None:
+        if value is None:
+            return None
+        if not value.is_finite():
+            raise Poison(_refusal("range", "not a number that JSON has", entry.column.name))
+        if value and value.adjusted() >= digits:
+            raise Poison(_refusal("range", f"more than {digits} digits before the point", entry.column.name))
+        if not message.isascii() and not _literal(message, entry.path).isascii():
+            raise Poison(_refusal("type", "digits that are not 0 to 9", entry.column.name))
+        return value
+
+    return numeric
+
+
+def _zero(entry: Field) -> Callable[[float | None, bytes], float | None]:
+    """Return a check for a zero that was a number too small for a double; a look at the message where that may be."""
+
+    def zero(value: float | None, message: bytes) -> float | None:
+        if value is not None and (b"e-" in message or b"E-" in message or len(message) > DOUBLE_DIGITS):
+            mantissa = _literal(message, entry.path).lower().partition("e")[0]
+            if any(digit in mantissa for digit in "123456789"):
+                raise Poison(_refusal("range", "a number too small for double precision", entry.column.name))
+        return value
+
+    return zero
+
+
+def _literal(message: bytes, path: tuple[str, ...]) -> str:
+    """Return what stands at a path as it was sent: a number's digits, or a string; '' where there is neither."""
+    found: object = json.loads(message, parse_float=str, parse_int=str)
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def _missing(column: str) -> Callable[[], NoReturn]:

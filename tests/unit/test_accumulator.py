@@ -1,0 +1,361 @@
+"""What is gathered is written whole, in order, one batch of a partition at a time, within the bounds."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consumerd.accumulator import MESSAGE_OVERHEAD, Accumulator, Batch, Bounds, size_of
+from consumerd.types import Message, TopicPartition
+
+A, B, C = (TopicPartition("orders", number) for number in range(3))
+WIDE = Bounds(max_messages=1000, max_bytes=1_000_000, max_age=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fake:
+    """A message of a given size."""
+
+    at: int
+    size: int = 1
+
+    def __len__(self) -> int:
+        return self.size
+
+    def key(self) -> bytes | None:
+        """Give none."""
+        return None
+
+    def value(self) -> bytes | None:
+        """Give as many bytes as the size says."""
+        return bytes(self.size)
+
+    def offset(self) -> int:
+        """Give the offset."""
+        return self.at
+
+    def leader_epoch(self) -> int | None:
+        """Give an epoch that the offset tells."""
+        return self.at + 100
+
+    def timestamp(self) -> tuple[int, int]:
+        """Give some time."""
+        return 1, 1000
+
+    def headers(self) -> list[tuple[str, bytes | None]] | None:
+        """Give none."""
+        return None
+
+
+def fakes(first: int, count: int, size: int = 1) -> list[Message]:
+    """Make messages with consecutive offsets."""
+    return [Fake(at, size) for at in range(first, first + count)]
+
+
+def gathered(bounds: Bounds, *partitions: TopicPartition) -> Accumulator:
+    """Make an accumulator with open partitions."""
+    it = Accumulator(bounds)
+    for partition in partitions:
+        it.open(partition)
+    return it
+
+
+def add(it: Accumulator, partition: TopicPartition, messages: list[Message], now: float = 0.0) -> bool:
+    """Add messages with the size that they have."""
+    return it.add(partition, messages, size_of(messages), now)
+
+
+def offsets(batches: Sequence[Batch]) -> list[tuple[int, list[int]]]:
+    """Tell partitions and offsets of batches."""
+    return [(b.partition.partition, [m.offset() for m in b.messages]) for b in batches]
+
+
+def test_nothing_due() -> None:
+    """Below every bound nothing is taken."""
+    it = gathered(WIDE, A)
+    assert add(it, A, fakes(0, 5)) is False
+    assert it.take(0.999) == []
+    assert it.next_due() == 1.0
+
+
+def test_bound_by_messages() -> None:
+    """A batch is due at max_messages and never holds more; the rest waits for its turn."""
+    it = gathered(Bounds(max_messages=3, max_bytes=1000, max_age=9.0), A)
+    assert add(it, A, fakes(0, 2)) is False
+    assert add(it, A, fakes(2, 5)) is True
+    (first,) = it.take(0.0)
+    assert ([0, 1, 2], 3, "messages") == ([m.offset() for m in first.messages], first.size, first.reason)
+    it.done(first)
+    (second,) = it.take(0.0)
+    assert offsets([second]) == [(0, [3, 4, 5])]
+    it.done(second)
+    assert it.take(8.9) == []
+    (third,) = it.take(9.0)
+    assert (offsets([third]), third.reason) == ([(0, [6])], "age")
+
+
+def test_bound_by_bytes() -> None:
+    """A batch is due at max_bytes and is cut before the message that would pass them."""
+    it = gathered(Bounds(max_messages=100, max_bytes=10, max_age=9.0), A)
+    assert add(it, A, fakes(0, 3, size=3)) is False
+    assert add(it, A, fakes(3, 2, size=3)) is True
+    (first,) = it.take(0.0)
+    assert (offsets([first]), first.size, first.reason) == ([(0, [0, 1, 2])], 9, "bytes")
+
+
+def test_bytes_exactly() -> None:
+    """A batch of exactly max_bytes is one batch, and messages without bytes still fit behind it."""
+    it = gathered(Bounds(max_messages=100, max_bytes=10, max_age=9.0), A)
+    assert add(it, A, fakes(0, 2, size=5) + fakes(2, 2, size=0)) is True
+    assert offsets(it.take(0.0)) == [(0, [0, 1, 2, 3])]
+    it.open(A)
+    add(it, A, fakes(0, 3, size=5))
+    assert offsets(it.take(0.0)) == [(0, [0, 1])]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_message_larger_than_the_bound(before: int) -> None:
+    """A message larger than max_bytes goes alone, after those before it."""
+    it = gathered(Bounds(max_messages=100, max_bytes=10, max_age=9.0), A)
+    add(it, A, [*fakes(0, before), Fake(before, 50), *fakes(before + 1, 1)])
+    taken = []
+    while batches := it.take(9.0):
+        taken += offsets(batches)
+        it.done(batches[0])
+    assert taken == [(0, [at]) for at in range(before + 2)]
+    assert it.memory == 0
+
+
+def test_bound_by_age() -> None:
+    """Age counts from the arrival of the oldest message, whatever came later."""
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 1), now=5.0)
+    add(it, A, fakes(1, 1), now=5.9)
+    assert it.next_due() == 6.0
+    assert it.take(5.99) == []
+    (batch,) = it.take(6.0)
+    assert (offsets([batch]), batch.reason, batch.gathered_since) == ([(0, [0, 1])], "age", 5.0)
+
+
+def test_partition_that_is_out() -> None:
+    """A partition whose batch is out gathers, but is not taken again, told as due or waited for before done()."""
+    it = gathered(Bounds(max_messages=2, max_bytes=1000, max_age=1.0), A)
+    add(it, A, fakes(0, 2))
+    (batch,) = it.take(0.0)
+    assert add(it, A, fakes(2, 4)) is False
+    assert it.take(99.0, pressure=True) == []
+    assert it.next_due() is None
+    it.done(batch)
+    assert it.next_due() == 1.0
+    assert offsets(it.take(0.0)) == [(0, [2, 3])]
+
+
+def test_oldest_first() -> None:
+    """Of several due partitions the one whose messages wait longest goes first."""
+    it = gathered(Bounds(max_messages=2, max_bytes=1000, max_age=1.0), A, B, C)
+    for partition, now in ((B, 0.3), (A, 0.2), (C, 0.1)):
+        add(it, partition, fakes(0, 2), now)
+    taken = [it.take(0.5), it.take(0.5), it.take(0.5)]
+    assert [offsets(batches) for batches in taken] == [[(2, [0, 1])], [(0, [0, 1])], [(1, [0, 1])]]
+
+
+def test_several_partitions_in_one_write() -> None:
+    """Due partitions share a write as long as their batches together keep within both bounds."""
+    for bounds in (
+        Bounds(max_messages=5, max_bytes=1000, max_age=1.0),
+        Bounds(max_messages=100, max_bytes=5, max_age=1.0),
+    ):
+        it = gathered(bounds, A, B, C)
+        for partition in (A, B, C):
+            add(it, partition, fakes(0, 2))
+        assert offsets(it.take(1.0)) == [(0, [0, 1]), (1, [0, 1])]
+        assert offsets(it.take(1.0)) == [(2, [0, 1])]
+
+
+def test_only_due_partitions_share() -> None:
+    """A partition that is not due is left to gather."""
+    it = gathered(WIDE, A, B)
+    add(it, A, fakes(0, 1), now=0.0)
+    add(it, B, fakes(0, 1), now=0.5)
+    assert offsets(it.take(1.0)) == [(0, [0])]
+
+
+def test_hurry() -> None:
+    """What is hurried is due at once, for the reason given, until it is closed; others are not."""
+    it = gathered(WIDE, A, B)
+    add(it, A, fakes(0, 1))
+    add(it, B, fakes(0, 1))
+    it.hurry([A, C], "revoke")
+    (batch,) = it.take(0.0)
+    assert (offsets([batch]), batch.reason) == ([(0, [0])], "revoke")
+    it.done(batch)
+    add(it, A, fakes(1, 1))
+    assert offsets(it.take(0.0)) == [(0, [1])]
+    it.open(A)
+    add(it, A, fakes(0, 1))
+    assert it.take(0.0) == []
+
+
+def test_pressure() -> None:
+    """Under memory pressure whatever there is is due."""
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 1))
+    (batch,) = it.take(0.0, pressure=True)
+    assert batch.reason == "pressure"
+
+
+def test_batch_tells_where_it_ends() -> None:
+    """A batch's checkpoint is one past its last offset, with the last message's leader epoch."""
+    it = gathered(WIDE, A)
+    add(it, A, [Fake(7), Fake(9)])
+    (batch,) = it.take(1.0)
+    assert (batch.first_offset, batch.next_offset, batch.leader_epoch) == (7, 10, 109)
+
+
+def test_memory() -> None:
+    """Memory counts values and overhead, batches that are out included, and is 0 when all is done."""
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 4, size=10))
+    assert it.memory == 40 + 4 * MESSAGE_OVERHEAD
+    (batch,) = it.take(1.0)
+    assert it.memory == 40 + 4 * MESSAGE_OVERHEAD
+    it.done(batch)
+    assert it.memory == 0
+    it.done(batch)
+    assert it.memory == 0
+
+
+def test_close() -> None:
+    """Closing drops what is gathered and what is out; a late done() of it changes nothing."""
+    it = gathered(Bounds(max_messages=2, max_bytes=1000, max_age=1.0), A, B)
+    add(it, A, fakes(0, 5))
+    (batch,) = it.take(0.0)
+    assert it.holds([A])
+    it.close([A, C])
+    assert (it.memory, it.holds([A]), it.oldest(A), it.next_due()) == (0, False, None, None)
+    it.open(A)
+    add(it, A, fakes(0, 3))
+    (again,) = it.take(0.0)
+    it.done(batch)
+    assert it.memory == 3 * (1 + MESSAGE_OVERHEAD)
+    assert it.take(9.0) == []
+    it.done(again)
+    assert it.memory == 1 + MESSAGE_OVERHEAD
+
+
+def test_oldest() -> None:
+    """The oldest unwritten message is the first of the batch that is out, else the first gathered."""
+    it = gathered(Bounds(max_messages=1, max_bytes=1000, max_age=1.0), A)
+    assert it.oldest(A) is None
+    add(it, A, fakes(3, 2))
+    assert it.oldest(A) == Fake(3)
+    (batch,) = it.take(0.0)
+    assert it.oldest(A) == Fake(3)
+    it.done(batch)
+    assert it.oldest(A) == Fake(4)
+    it.done(it.take(0.0)[0])
+    assert it.oldest(A) is None
+    assert not it.holds([A])
+
+
+class Model:
+    """Drives an accumulator at random and checks after each step what must always hold."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.it = gathered(bounds, A, B, C)
+        self.now = 0.0
+        self.added = dict.fromkeys((A, B, C), 0)
+        self.taken = dict.fromkeys((A, B, C), 0)
+        self.sizes: dict[TopicPartition, list[int]] = {A: [], B: [], C: []}
+        self.out: dict[TopicPartition, Batch] = {}
+
+    def add(self, partition: TopicPartition, sizes: list[int]) -> None:
+        """Add messages of these sizes."""
+        first = self.added[partition]
+        messages: list[Message] = [Fake(first + i, size) for i, size in enumerate(sizes)]
+        self.added[partition] += len(sizes)
+        self.sizes[partition] += sizes
+        add(self.it, partition, messages, self.now)
+
+    def take(self, *, pressure: bool) -> None:
+        """Take, and check order, completeness, bounds."""
+        batches = self.it.take(self.now, pressure=pressure)
+        for batch in batches:
+            assert batch.partition not in self.out, "two batches of one partition are out"
+            first = self.taken[batch.partition]
+            found = [m.offset() for m in batch.messages]
+            assert found == list(range(first, first + len(found))), "a hole, an overlap or another order"
+            assert found, "an empty batch"
+            assert batch.size == sum(len(m) for m in batch.messages)
+            self.taken[batch.partition] += len(found)
+            self.out[batch.partition] = batch
+        assert sum(len(b.messages) for b in batches) <= self.bounds.max_messages
+        assert sum(b.size for b in batches) <= self.bounds.max_bytes or [len(b.messages) for b in batches] == [1]
+
+    def close(self, partition: TopicPartition) -> None:
+        """Close and open again: offsets begin anew."""
+        self.it.close([partition])
+        self.out.pop(partition, None)
+        self.added[partition] = self.taken[partition] = 0
+        self.sizes[partition] = []
+        self.it.open(partition)
+
+    def done(self, partition: TopicPartition) -> None:
+        """Be done with what is out."""
+        if batch := self.out.pop(partition, None):
+            self.it.done(batch)
+
+    def check(self) -> None:
+        """Check memory: all that was added and is not done."""
+        expected = 0
+        for partition, sizes in self.sizes.items():
+            kept = self.taken[partition]
+            if partition in self.out:
+                kept -= len(self.out[partition].messages)
+            expected += sum(sizes[kept:]) + MESSAGE_OVERHEAD * len(sizes[kept:])
+        assert self.it.memory == expected
+
+    def drain(self) -> None:
+        """Take all that is left."""
+        while any(self.added[p] > self.taken[p] for p in self.added) or self.out:
+            self.it.hurry(self.added, "drain")
+            self.take(pressure=False)
+            assert self.out, "something is left and nothing is taken"
+            for partition in list(self.out):
+                self.done(partition)
+            self.check()
+        assert self.it.memory == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bounds=st.builds(
+        Bounds, max_messages=st.integers(1, 12), max_bytes=st.integers(1, 40), max_age=st.floats(0.0, 3.0)
+    ),
+    seed=st.integers(0, 2**32),
+    steps=st.integers(1, 80),
+)
+def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
+    """Whatever happens in whatever order, each partition's batches are in order without hole or overlap, in bounds."""
+    chance = random.Random(seed)
+    model = Model(bounds)
+    for _ in range(steps):
+        model.now += chance.random()
+        partition = chance.choice((A, B, C))
+        match chance.choices(("add", "take", "done", "close", "hurry"), weights=(5, 4, 4, 1, 1))[0]:
+            case "add":
+                model.add(partition, [chance.choice((0, 1, 3, 9, 60)) for _ in range(chance.randint(1, 15))])
+            case "take":
+                model.take(pressure=chance.random() < 0.2)
+            case "done":
+                model.done(partition)
+            case "close":
+                model.close(partition)
+            case _:
+                model.it.hurry([partition], "revoke")
+        model.check()
+    model.drain()

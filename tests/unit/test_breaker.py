@@ -1,0 +1,113 @@
+"""The breaker halts a handler whose share of poison is over the limit, and no other."""
+
+import pytest
+
+from consumerd.accumulator import Batch
+from consumerd.breaker import Breaker
+from consumerd.config import PoisonConfig
+from consumerd.errors import Halt, Refusal
+from consumerd.types import TopicPartition
+
+CONFIG = PoisonConfig(max_ratio=0.1, window=60.0, min_messages=100)
+
+
+def refusals(count: int, text: str = "wrong type") -> dict[int, Refusal]:
+    """Refuse the first messages of a batch."""
+    refusal = Refusal(reason="type", stage="decode", error="Error", message=text)
+    return dict.fromkeys(range(count), refusal)
+
+
+def batch(messages: int, refused: int, text: str = "wrong type") -> Batch:
+    """Make a batch; the breaker looks at no message."""
+    return Batch(
+        partition=TopicPartition("orders", 0),
+        messages=[None] * messages,  # type: ignore[list-item]
+        size=messages,
+        reason="age",
+        gathered_since=0.0,
+        refused=refusals(refused, text),
+    )
+
+
+def test_at_the_limit() -> None:
+    """A share of poison exactly at the limit goes on."""
+    Breaker(CONFIG).judge(batch(100, 10), 0.0)
+
+
+def test_over_the_limit() -> None:
+    """A share of poison over the limit halts and says how many, of how many, what most of them are, and the way on."""
+    with pytest.raises(Halt) as caught:
+        Breaker(CONFIG).judge(batch(100, 11), 0.0)
+    assert caught.value.reason == "breaker"
+    for words in ("11 of the last 100 messages", "10.0%", "mostly: wrong type", "poison.max_ratio"):
+        assert words in str(caught.value)
+
+
+def test_too_few_messages() -> None:
+    """Below min_messages nothing is judged, were all of it poison."""
+    Breaker(CONFIG).judge(batch(99, 99), 0.0)
+
+
+def test_adds_up() -> None:
+    """Small batches are judged together (rule 23: the first min_messages are)."""
+    breaker = Breaker(CONFIG)
+    for _ in range(9):
+        breaker.judge(batch(10, 1), 0.0)
+    with pytest.raises(Halt, match="11 of the last 100"):
+        breaker.judge(batch(10, 2), 0.0)
+
+
+def test_good_messages_count() -> None:
+    """Batches without poison are part of the share."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(batch(900, 0), 0.0)
+    breaker.judge(batch(100, 100), 0.0)
+    with pytest.raises(Halt, match="101 of the last 1001"):
+        breaker.judge(batch(1, 1), 0.0)
+
+
+def test_window_passes() -> None:
+    """What is older than the window is forgotten, poison and messages alike."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(batch(1000, 100), 0.0)
+    breaker.judge(batch(100, 10), 61.0)
+    with pytest.raises(Halt, match="21 of the last 200"):
+        breaker.judge(batch(100, 11), 61.5)
+
+
+def test_window_keeps_its_edge() -> None:
+    """What is as old as the window still counts."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(batch(1000, 0), 0.0)
+    breaker.judge(batch(100, 100), 60.0)
+
+
+def test_window_stretches() -> None:
+    """A window with fewer than min_messages stretches back until it holds them (rule 23)."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(batch(90, 9), 0.0)
+    with pytest.raises(Halt, match="11 of the last 100"):
+        breaker.judge(batch(10, 2), 3600.0)
+
+
+def test_judged_once() -> None:
+    """A batch that is tried again is counted once; of what isolation adds only the new."""
+    breaker = Breaker(CONFIG)
+    it = batch(100, 5)
+    for _ in range(5):
+        breaker.judge(it, 0.0)
+    it.refused = refusals(10)
+    breaker.judge(it, 0.0)
+    it.refused = refusals(11)
+    with pytest.raises(Halt, match="11 of the last 100"):
+        breaker.judge(it, 0.0)
+
+
+def test_names_the_most_frequent() -> None:
+    """The halt names what most of the batch's poison is."""
+    it = batch(100, 20, "wrong type")
+    it.refused = (
+        refusals(5, "missing") | {5 + at: each for at, each in refusals(10).items()} | {15: refusals(1, "last")[0]}
+    )
+    with pytest.raises(Halt, match="mostly: wrong type"):
+        Breaker(CONFIG).judge(it, 0.0)
