@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from confluent_kafka import KafkaError
+
     from consumerd.errors import Refusal
     from consumerd.types import Message, TopicPartition
 
@@ -48,6 +50,8 @@ class Batch:
     """Those of `refused` whose letter was acknowledged: a retry does not send it twice."""
     on_their_way: set[int] = field(default_factory=set)
     """Those whose letter was sent and not acknowledged yet."""
+    letter_error: KafkaError | None = None
+    """Why one of its letters was not taken."""
     judged: int | None = None
     """How many of `refused` the breaker has counted; None: it has not seen this batch."""
     fruitless: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 ADOPT_TIMEOUT = 10.0
 """Seconds to wait for the acknowledgement of a commit that adopts an operator's offset."""
+BEYOND_LOOKS = 5
+"""Times to look again when an offset is beyond the log's end: what was asked may be older than the checkpoint, or a new
+leader not up to date."""
 RECLAIM_AFTER = 10.0
 """Seconds after which a partition that another member claimed, and that is assigned here still, is claimed again: that
 member was a zombie that had not heard of its loss, and has by then."""
@@ -61,6 +65,7 @@ class Assignment:
         self.assigned: set[TopicPartition] = set()
         self.leases: dict[TopicPartition, Lease] = {}
         self._delivered: set[TopicPartition] = set()
+        self._beyond: Counter[TopicPartition] = Counter()
 
     def assign(self, partitions: Iterable[TopicPartition]) -> None:
         """Note an assignment; the claim follows."""
@@ -97,7 +102,7 @@ class Assignment:
         found = await self._thread.found(wanted)
         async with self._claiming:
             partitions = [partition for partition in wanted if partition in self.assigned]
-            stored = await self._checkpoints.claim(conn, partitions, self._counts(partitions)) if partitions else {}
+            stored = await self._claim(conn, partitions) if partitions else {}
         leases = {}
         for partition, claimed in stored.items():
             lease = await self._place(conn, partition, claimed, found[partition])
@@ -106,10 +111,14 @@ class Assignment:
         return leases
 
     async def deliver(self, leases: Mapping[TopicPartition, Lease]) -> None:
-        """Lease partitions, and have them delivered from where they go on."""
+        """Lease partitions that are assigned still, and have them delivered from where they go on.
+
+        What is revoked while the Kafka thread is waited for, and perhaps assigned again, is claimed anew.
+        """
+        leases = {partition: lease for partition, lease in leases.items() if partition in self.assigned}
         self.leases.update(leases)
         await self._thread.start_at({partition: lease.next_offset for partition, lease in leases.items()})
-        self._delivered.update(leases)
+        self._delivered.update(p for p, lease in leases.items() if self.leases.get(p) is lease)
 
     def claim_later(self, partition: TopicPartition) -> None:
         """Claim a partition again in a while, if it is assigned then."""
@@ -153,6 +162,8 @@ class Assignment:
         offset = decision.offset
         if offset is None:
             offset = await self._beginning(partition, decision, found)
+        if offset > found.high and self._seen_beyond(partition) <= BEYOND_LOOKS:
+            raise Outage("kafka", f"{partition}: offset {offset} is beyond the log's end {found.high}: looking again")
         if not found.low <= offset <= found.high:
             raise gap(
                 partition,
@@ -191,9 +202,19 @@ class Assignment:
         except TimeoutError:
             raise Outage("kafka", f"no acknowledgement for the commit of {partition}") from None
 
+    async def _claim(
+        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition]
+    ) -> dict[TopicPartition, Stored]:
+        matched = {name for name, topic in self._topics.items() if topic.matched}
+        return await self._checkpoints.claim(conn, partitions, self._counts(partitions), matched)
+
+    def _seen_beyond(self, partition: TopicPartition) -> int:
+        self._beyond[partition] += 1
+        return self._beyond[partition]
+
     def _counts(self, partitions: Sequence[TopicPartition]) -> dict[str, int]:
-        """Return how many partitions each of their topics has; one may have grown since the start."""
-        counts = {topic: self._topics[topic].partitions for topic, _ in partitions if topic in self._topics}
+        """Return how many partitions each topic has; one may have grown since the start."""
+        counts = {name: topic.partitions for name, topic in self._topics.items()}
         for topic, number in partitions:
             counts[topic] = max(counts.get(topic, 0), number + 1)
         return counts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import confluent_kafka as ck
 from confluent_kafka import KafkaException
 
-from consumerd.errors import Halt, Outage
+from consumerd.errors import ConfigError, Halt, Outage
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
@@ -37,8 +37,13 @@ class Found:
 
 
 def client_config(kafka: KafkaConfig) -> dict[str, Any]:
-    """Return librdkafka's properties for any client of ours, secrets read afresh."""
-    properties = {name: value if isinstance(value, str) else value.read() for name, value in kafka.properties.items()}
+    """Return librdkafka's properties for any client of ours, secrets read afresh; raises Outage without them."""
+    try:
+        properties = {
+            name: value if isinstance(value, str) else value.read() for name, value in kafka.properties.items()
+        }
+    except ConfigError as error:
+        raise Outage("kafka", str(error)) from error
     return {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 2, **properties}
 
 

@@ -75,6 +75,8 @@ class Table:
     unique: tuple[frozenset[str], ...]
     """Columns of each unique index that can serve ON CONFLICT."""
     fingerprint: str
+    may_drop_rows: bool = False
+    """It has a trigger before rows, which may drop them without an error."""
 
     def column(self, name: str) -> Column | None:
         """Return the column of that name."""
@@ -95,8 +97,9 @@ WHERE c.oid = to_regclass(%(name)s)"""
 
 _COLUMNS = """\
 SELECT attname, atttypid::int8, atttypmod, format_type(atttypid, atttypmod), attnotnull,
-       attidentity <> '' OR attgenerated <> ''
-FROM pg_catalog.pg_attribute WHERE attrelid = %s::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
+       attidentity <> '' OR attgenerated <> '', ({fingerprint})
+FROM pg_catalog.pg_attribute WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
+"""Columns and fingerprint come of one statement: of two, the second may see another table than the first."""
 
 _UNIQUE = """\
 SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
@@ -109,6 +112,11 @@ WHERE i.indrelid = %s::oid AND i.indisunique AND i.indimmediate AND i.indisvalid
 def fingerprint_query(name: str) -> sql.Composed:
     """Return the query for a table's fingerprint as it is now; '' when there is no such table."""
     return sql.SQL(FINGERPRINT).format(name=sql.Literal(name))
+
+
+_BEFORE_TRIGGERS = """\
+SELECT 1 FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND NOT tgisinternal AND tgtype & 3 = 3 LIMIT 1"""
+"""tgtype: 1 is FOR EACH ROW, 2 is BEFORE."""
 
 
 async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...]) -> Table:
@@ -134,11 +142,18 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         grants = [f"GRANT {', '.join(missing)} ON {identifier} TO {role};"] if missing else []
         grants += [] if schema_usage else [f"GRANT USAGE ON SCHEMA {identifier.split('.')[0]} TO {role};"]
         raise Halt("table", f"role {role} lacks privileges on {name}; type: {' '.join(grants)}")
-    cursor = await conn.execute(_COLUMNS, [oid])
+    query = sql.SQL(_COLUMNS).format(fingerprint=fingerprint_query(name), oid=sql.Literal(oid))
+    rows = await (await conn.execute(query)).fetchall()
     columns = tuple(
-        Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a)
-        for n, o, m, t, nn, a in await cursor.fetchall()
+        Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a) for n, o, m, t, nn, a, _ in rows
     )
     unique = tuple(frozenset(names) for (names,) in await (await conn.execute(_UNIQUE, [oid])).fetchall())
-    (fingerprint,) = await (await conn.execute(fingerprint_query(name))).fetchone() or ("",)
-    return Table(name=name, identifier=identifier, columns=columns, unique=unique, fingerprint=fingerprint)
+    triggers = await (await conn.execute(_BEFORE_TRIGGERS, [oid])).fetchall()
+    return Table(
+        name=name,
+        identifier=identifier,
+        columns=columns,
+        unique=unique,
+        may_drop_rows=bool(triggers),
+        fingerprint=rows[0][-1] if rows else "",
+    )

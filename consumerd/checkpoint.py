@@ -20,7 +20,7 @@ from consumerd.postgres import call
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from psycopg import AsyncConnection
 
@@ -65,9 +65,11 @@ SELECT store, (SELECT count(*) FROM {schema}.checkpoint WHERE false) FROM {schem
 _APPEAR = """\
 INSERT INTO {schema}.checkpoint (group_id, topic, partition, next_offset, target, mode)
 SELECT %(group)s, t.topic, p, CASE WHEN EXISTS (
-           SELECT FROM {schema}.checkpoint c WHERE c.group_id = %(group)s AND c.topic = t.topic) THEN -2 END,
+           SELECT FROM {schema}.checkpoint c
+           WHERE c.group_id = %(group)s AND (t.matched OR c.topic = t.topic)) THEN -2 END,
        %(target)s, 'postgres'
-FROM unnest(%(topics)s::text[], %(counts)s::int[]) AS t (topic, count), generate_series(0, t.count - 1) AS p
+FROM unnest(%(topics)s::text[], %(counts)s::int[], %(matched)s::bool[]) AS t (topic, count, matched),
+     generate_series(0, t.count - 1) AS p
 ORDER BY 2, 3
 ON CONFLICT DO NOTHING"""
 
@@ -293,9 +295,17 @@ class Checkpoints:
         return cast("str", store)
 
     async def claim(
-        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition], counts: Mapping[str, int]
+        self,
+        conn: AsyncConnection[Any],
+        partitions: Sequence[TopicPartition],
+        counts: Mapping[str, int],
+        matched: Container[str],
     ) -> dict[TopicPartition, Stored]:
-        """Raise the epoch of partitions, and return their checkpoints; `counts` are the topics' partitions in Kafka."""
+        """Raise the epoch of partitions, and return their checkpoints.
+
+        `counts` are the partitions of all topics in Kafka; `matched` those that a pattern found: for them "the first
+        time" is the group's, so that a topic which comes to match later is read from its start.
+        """
         others = await call(conn, self._sql(_OTHER_GROUP), self._keys(partitions))
         if others:
             ((other,),) = others
@@ -305,7 +315,13 @@ class Checkpoints:
                 f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or forget it: '
                 f"delete its rows from {self._schema.as_string()}.checkpoint",
             )
-        values = {"topics": list(counts), "counts": list(counts.values()), "group": self.group, "target": self.target}
+        values = {
+            "topics": list(counts),
+            "counts": list(counts.values()),
+            "matched": [topic in matched for topic in counts],
+            "group": self.group,
+            "target": self.target,
+        }
         await call(conn, self._sql(_APPEAR), values)
         rows = await call(conn, self._sql(_CLAIM), self._keys(partitions))
         return {

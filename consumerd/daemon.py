@@ -12,9 +12,11 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from consumerd import __version__, metrics
+from consumerd.errors import Outage
 from consumerd.http import HttpServer
 from consumerd.member import Member
 from consumerd.progress import total_lag
@@ -33,7 +35,8 @@ class Daemon:
     """One process: a member for each handler."""
 
     def __init__(self, config: Config) -> None:
-        Topics(config.kafka)  # a property that librdkafka does not know is a mistake of the configuration
+        with suppress(Outage):  # a secret that is not there is waited for
+            Topics(config.kafka)  # a property that librdkafka does not know is a mistake of the configuration
         self._config = config
         self._started = time.time()
         self._stop = asyncio.Event()

@@ -1,8 +1,8 @@
 """Letters: what could not become a row, byte for byte as it came, with headers that say where from and why.
 
 A letter is acknowledged by all in-sync replicas before the offset of its message moves. The producer never gives a
-message up (`message.timeout.ms` 0), so within one process no letter is sent twice; a crash may repeat one, and its
-source topic, partition and offset identify it. The timestamp is the message's own, and stands in a header too.
+message up (`message.timeout.ms` 0). A crash, a rebalance or a halt before the checkpoint has moved may repeat a letter:
+its source topic, partition and offset identify it. The timestamp is the message's own, and stands in a header too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import confluent_kafka as ck
@@ -51,7 +52,8 @@ class DeadLetters:
         self._kafka = kafka
         self._handler = handler
         self._producer: ck.Producer | None = None
-        self._failed: KafkaError | None = None
+        self._topic = handler.dead_letter.topic
+        self._fatal: str | None = None
         self._sending = asyncio.Lock()
 
     async def send(self, batch: Batch) -> None:
@@ -63,7 +65,10 @@ class DeadLetters:
         if not due:
             return
         async with self._sending:
-            await asyncio.to_thread(self._send, batch, due)
+            try:
+                await asyncio.to_thread(self._send, batch, due)
+            except KafkaException as error:
+                raise self._meaning(error.args[0], batch) from error
         if not batch.lettered.issuperset(due):
             raise Halt("bug", f"letters of {batch.partition} were neither acknowledged nor refused")
 
@@ -74,25 +79,29 @@ class DeadLetters:
             self._producer.flush(1.0)
 
     def _send(self, batch: Batch, due: list[int]) -> None:
+        """Produce and wait, on a thread; a fatal error ends this producer, and the letters go with the next one."""
+        if self._fatal is not None and self._producer is not None:
+            self._producer.purge()
+            self._producer.flush(ACKNOWLEDGE_WAIT)  # runs the callbacks: nobody waits for this producer any more
+            self._producer, self._fatal = None, None
         producer = self._producer = self._producer or self._new_producer()
+        deadline = time.monotonic() + VISIBLE_AFTER
         for position in due:
             if position not in batch.on_their_way:
-                self._produce(producer, batch, position)
-        waited = 0.0
-        while batch.on_their_way and self._failed is None:
-            if waited >= VISIBLE_AFTER:
-                raise Outage("dead_letter", f"dead-letter topic {self._handler.dead_letter.topic} does not acknowledge")
+                self._produce(producer, batch, position, deadline)
+        while batch.on_their_way:
+            before = len(batch.on_their_way)
             producer.poll(ACKNOWLEDGE_WAIT)
-            waited += ACKNOWLEDGE_WAIT
-        if self._failed is not None:
-            error, self._failed = self._failed, None
-            if error.fatal():
-                producer.purge()
-                self._producer = None
-                batch.on_their_way.clear()
-            raise self._meaning(error, batch)
+            if batch.letter_error is not None:
+                error, batch.letter_error = batch.letter_error, None
+                raise KafkaException(error)
+            if self._fatal is not None:
+                raise Outage("dead_letter", f"the producer for {self._topic} gave up: {self._fatal}")
+            if len(batch.on_their_way) < before:
+                deadline = time.monotonic() + VISIBLE_AFTER
+            self._not_past(deadline)
 
-    def _produce(self, producer: ck.Producer, batch: Batch, position: int) -> None:
+    def _produce(self, producer: ck.Producer, batch: Batch, position: int, deadline: float) -> None:
         message, refusal = batch.messages[position], batch.refused[position]
         kind, timestamp = message.timestamp()
 
@@ -100,14 +109,13 @@ class DeadLetters:
             batch.on_their_way.discard(position)
             if error is None:
                 batch.lettered.add(position)
-            elif error.code() != KafkaError._PURGE_QUEUE:  # noqa: SLF001
-                self._failed = error
+            elif error.code() not in {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}:  # noqa: SLF001
+                batch.letter_error = error
 
         while True:
             try:
-                batch.on_their_way.add(position)
                 producer.produce(
-                    self._handler.dead_letter.topic,
+                    self._topic,
                     value=message.value(),
                     key=message.key(),
                     headers=headers(self._handler, batch, message, refusal),  # type: ignore[arg-type]
@@ -116,15 +124,22 @@ class DeadLetters:
                 )
             except BufferError:
                 producer.poll(ACKNOWLEDGE_WAIT)
-            except KafkaException as error:
-                batch.on_their_way.discard(position)
-                self._failed = error.args[0]
-                return
+                self._not_past(deadline)
             else:
+                # Callbacks run in poll() alone, on this thread: this comes before any of them.
+                batch.on_their_way.add(position)
                 return
 
+    def _not_past(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise Outage("dead_letter", f"dead-letter topic {self._topic} does not acknowledge")
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal() or error.code() == KafkaError._FATAL:  # noqa: SLF001
+            self._fatal = error.str()
+
     def _meaning(self, error: KafkaError, batch: Batch) -> Exception:
-        topic = self._handler.dead_letter.topic
+        topic = self._topic
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             return Halt(
                 "dead_letter",
@@ -147,6 +162,8 @@ class DeadLetters:
                 "message.timeout.ms": 0,
                 "message.max.bytes": MAX_MESSAGE_BYTES,
                 "linger.ms": 2,
+                # Without it poll() itself raises a fatal error, and the letters' callbacks are lost with it.
+                "error_cb": self._on_error,
             }
         )
 

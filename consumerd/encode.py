@@ -6,7 +6,7 @@ batches pay nothing for the refusals.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from consumerd.catalog import SUPPORTED
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from consumerd.accumulator import Batch
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
+    from consumerd.sinks.base import Sink
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
@@ -34,6 +35,22 @@ class Rows:
 
     rows: list[Row]
     positions: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A table as it was read from the catalog: how messages become its rows, and how these are written.
+
+    A write uses one mapping from its first step to its last; another writer may meanwhile have read the table again.
+    """
+
+    encoder: Encoder
+    sink: Sink
+
+    @property
+    def table(self) -> Table:
+        """The table that both were made for."""
+        return self.encoder.table
 
 
 class Encoder:
@@ -99,6 +116,11 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
         for field in fields
         if field.column.oid not in SUPPORTED
     ]
+    # A unique index holds any number of NULLs, and DISTINCT ON keeps one: a key must have a value.
+    fields = tuple(
+        replace(field, column=replace(field.column, not_null=True)) if field.column.name in handler.table.key else field
+        for field in fields
+    )
     names = {field.column.name for field in fields}
     problems += [
         f"key column {name!r} of table {table.name} is not among the columns"

@@ -21,6 +21,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -56,6 +57,11 @@ RESUME_BELOW = 0.5
 REVOKE_TIMEOUT = 5.0
 """Seconds that a revoke waits for the batches in flight."""
 WATERMARK_INTERVAL = 1.0
+LOOK_TIMEOUT = 1.0
+"""Seconds that the thread gives a broker to answer what is only looked at."""
+UNKNOWN_FOR = 10.0
+"""Seconds after which a topic that a broker did not know is asked for again, and missed."""
+UNKNOWN = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
@@ -127,6 +133,8 @@ class ConsumerThread(threading.Thread):
         self._told = 0
         self._unreachable = False
         self._next_watermarks = 0.0
+        self._looked = 0
+        self._unknown: dict[str, float] = {}
         # Only the loop touches this; the thread reads it.
         self._heard = 0
 
@@ -368,8 +376,8 @@ class ConsumerThread(threading.Thread):
                 self._tell(
                     self._listener.failed, brokers.gap_of(consumer, partition, message.offset(), group, bootstrap)
                 )
-        elif code in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}:  # noqa: SLF001
-            self._tell(self._listener.failed, Halt("topic", f"topic {message.topic()} is gone from the broker"))
+        elif code in UNKNOWN:
+            self._unknown.setdefault(str(message.topic()), time.monotonic())
         elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
             sentence = f"{where}: {error}: grant this principal READ on the topic and on the group"
             self._tell(self._listener.failed, Halt("kafka", sentence))
@@ -390,12 +398,35 @@ class ConsumerThread(threading.Thread):
                 return
             self._unreachable = False
             self._tell(self._listener.reachable, None)
+        self._confirm_unknown(consumer, now)
         high = {}
+        if self._paused and self._live:  # what is paused is not fetched, and its cached watermark stands still
+            self._looked += 1
+            partition = sorted(self._live)[self._looked % len(self._live)]
+            with suppress(KafkaException):
+                consumer.get_watermark_offsets(ck.TopicPartition(*partition), timeout=LOOK_TIMEOUT)
         for partition in self._live:
             bounds = consumer.get_watermark_offsets(ck.TopicPartition(*partition), cached=True)
             if bounds[1] >= 0:
                 high[partition] = bounds[1]
         self._tell(self._listener.watermarks, high)
+
+    def _confirm_unknown(self, consumer: ck.Consumer, now: float) -> None:
+        """Halt for a topic that is gone for a while; a broker that starts may not know its topics yet."""
+        for topic, since in list(self._unknown.items()):
+            if now - since < UNKNOWN_FOR:
+                continue
+            try:
+                error = consumer.list_topics(topic, timeout=LOOK_TIMEOUT).topics[topic].error
+            except KafkaException:
+                continue
+            if error is None:
+                del self._unknown[topic]
+            else:
+                sentence = (
+                    f"topic {topic} is gone from the broker: make it again, or take it out of `topics`; then restart"
+                )
+                self._tell(self._listener.failed, Halt("topic", sentence))
 
     def _tell(self, function: Callable[..., None], *values: object) -> None:
         try:

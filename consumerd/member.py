@@ -12,6 +12,7 @@ import logging
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import tenacity
@@ -23,7 +24,7 @@ from consumerd.breaker import Breaker
 from consumerd.brokers import consumer_config
 from consumerd.checkpoint import Checkpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
-from consumerd.encode import Encoder
+from consumerd.encode import Encoder, Mapping
 from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, TableChanged
 from consumerd.kafka import ConsumerThread
 from consumerd.progress import Progress
@@ -39,15 +40,16 @@ if TYPE_CHECKING:
 
     from consumerd.accumulator import Batch, FlushReason
     from consumerd.config import Config, HandlerConfig
-    from consumerd.errors import Refusal
+    from consumerd.errors import Refusal, Source
     from consumerd.kafka import Chunk
-    from consumerd.sinks.base import Sink
     from consumerd.topics import Topic
     from consumerd.types import Message, TopicPartition
     from consumerd.writer import Work
 
 log = logging.getLogger(__name__)
 
+MEMBER, CONSUMER = "member", "consumer"
+"""Who meets outages, beside the writers."""
 LIBRDKAFKA_SHARE = 0.5
 """Share of a handler's memory for librdkafka's queues; the rest is for what is gathered and in flight."""
 BATCHES_PER_CONNECTION = 2
@@ -70,8 +72,8 @@ class Member:
         self.progress = Progress(handler.name)
         self.breaker = Breaker(handler.poison)
         self.letters = DeadLetters(config.kafka, handler)
-        self.encoder: Encoder
-        self.sink: Sink
+        self.mapping: Mapping
+        self._loading = asyncio.Lock()
         self.checkpoints: Checkpoints
         self.bound = int(memory * (1 - LIBRDKAFKA_SHARE))
         self._queue_memory = memory - self.bound
@@ -112,12 +114,15 @@ class Member:
         if self.progress.state == "halted" or self._thread is None:
             return True
         self.progress.to("stopping")
-        await self._thread.stop_delivery()
+        with suppress(Outage):  # a halt has closed the thread
+            await self._thread.stop_delivery()
         drained = await self._flush(list(self._assignment.leases), "drain", deadline)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(max(deadline, time.monotonic() + 1)):
                 await self._thread.close()
         await asyncio.to_thread(self.letters.close)
+        if self.progress.halted is not None:
+            return False
         self.progress.to("stopped")
         return drained
 
@@ -132,14 +137,14 @@ class Member:
         try:
             await ensure_schema(conn, self.config.postgres.schema_name)
             await self._load_table(conn)
-            target = self.encoder.table.identifier
+            target = self.mapping.table.identifier
             self.checkpoints = Checkpoints(self.config.postgres.schema_name, self.handler.group_id, target)
             store = await self.checkpoints.store(conn)
         finally:
             await conn.close()
         partitions = sum(topic.partitions for topic in found.values())
         settings = consumer_config(self.config.kafka, self.handler.group_id, self._queue_memory, partitions)
-        self._writers = [Writer(self) for _ in range(self.handler.max_connections)]
+        self._writers = [Writer(self, f"writer {n}") for n in range(self.handler.max_connections)]
         self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name)
         self._assignment = Assignment(
             self.config.kafka,
@@ -150,7 +155,7 @@ class Member:
             thread=self._thread,
         )
         self._thread.start()
-        self.recovered()
+        self.recovered(MEMBER)
 
     async def _claim_forever(self) -> None:
         while True:
@@ -174,7 +179,7 @@ class Member:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Outage),
             wait=tenacity.wait_random_exponential(multiplier=retry.initial, max=retry.max),
-            before_sleep=self.on_outage,
+            before_sleep=partial(self.on_outage, MEMBER),
         )
         await retrying(function, *values)
 
@@ -214,14 +219,18 @@ class Member:
         extra = {"handler": self.handler.name, "partition": str(batch.partition), "refused": len(refused)}
         log.debug("Postgres refused rows of a batch", extra=extra)
 
-    async def read_back(self, conn: AsyncConnection[Any], batch: Batch, lease: Lease) -> None:
+    async def read_back(self, batch: Batch, lease: Lease) -> None:
         """Learn from the checkpoint why a write of this batch was fenced.
 
         Our own commit may have landed though its acknowledgement was lost; Postgres may have gone back; or another
         member has claimed the partition. Reading again is never claiming again.
         """
         partition = batch.partition
-        epoch, offset = (await self.checkpoints.read(conn, [partition])).get(partition, (None, None))
+        conn = await self.connect()
+        try:
+            epoch, offset = (await self.checkpoints.read(conn, [partition])).get(partition, (None, None))
+        finally:
+            await conn.close()
         if not self.holds(batch, lease) or (epoch, offset) == (lease.epoch, lease.next_offset):
             return  # given up meanwhile; or it was another batch of the same write that was fenced
         if (epoch, offset) == (lease.epoch, batch.next_offset):
@@ -233,7 +242,11 @@ class Member:
         if epoch == lease.epoch and offset is not None:
             log.warning("the checkpoint went from %s to %s: reading again", lease.next_offset, offset, extra=extra)
             again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
-            await self._assignment.deliver({partition: again})
+            try:
+                await self._assignment.deliver({partition: again})
+            except Outage:
+                self._release([partition])
+                self._assignment.claim_later(partition)
         else:
             log.warning("fenced: another member claimed the partition", extra=extra)
             self._assignment.claim_later(partition)
@@ -242,17 +255,20 @@ class Member:
         """Open a connection of this handler."""
         return await postgres.connect(self.config.postgres, f"consumerd/{self.handler.name}")
 
-    async def load_table(self, changed: TableChanged) -> None:
-        """Read the table again, because it has changed; raises Halt when what was written to is not there any more."""
-        old = self.encoder
-        conn = await self.connect()
-        try:
-            await self._load_table(conn)
-        finally:
-            await conn.close()
-        if self.encoder.table == old.table:
+    async def load_table(self, used: Mapping, changed: TableChanged) -> None:
+        """Read the table again, unless that was done since; raises Halt when what was written to is gone."""
+        async with self._loading:
+            if self.mapping is not used:
+                return
+            conn = await self.connect()
+            try:
+                await self._load_table(conn)
+            finally:
+                await conn.close()
+        old = used.encoder
+        if self.mapping.table == old.table:
             raise Halt("database", str(changed))
-        gone = [column.name for column in old.columns if self.encoder.table.column(column.name) is None]
+        gone = [column.name for column in old.columns if self.mapping.table.column(column.name) is None]
         if gone:
             raise Halt(
                 "table",
@@ -266,23 +282,28 @@ class Member:
         async with postgres.errors_of(conn):
             table = await catalog.load(conn, config.name, PRIVILEGES[config.write])
         try:
-            self.encoder = Encoder(table, self.handler)
+            encoder = Encoder(table, self.handler)
         except ConfigError as error:
             raise Halt("table", str(error)) from error
-        columns = self.encoder.columns
-        self.sink = Append(table, columns) if config.write == "append" else Upsert(table, columns, config.key)
+        columns = encoder.columns
+        sink = Append(table, columns) if config.write == "append" else Upsert(table, columns, config.key)
+        self.mapping = Mapping(encoder, sink)
 
     # Outages.
 
-    def on_outage(self, state: tenacity.RetryCallState) -> None:
-        """Show an outage before the wait for its next try."""
+    def on_outage(self, who: str, state: tenacity.RetryCallState) -> None:
+        """Show an outage that somebody met, before the wait for the next try."""
         error = cast("Outage", state.outcome.exception() if state.outcome else None)
         metrics.retries.labels(self.handler.name, error.source).inc()
-        self.progress.outage(error.source, str(error))
+        self.progress.outage(error.source, str(error), who)
 
-    def recovered(self, *sources: str) -> None:
-        """Take outages back."""
-        self.progress.recovered(*sources)
+    def recovered(self, who: str, *sources: Source) -> None:
+        """Take back outages that somebody met: it has done its work."""
+        self.progress.recovered(who, *sources)
+
+    def given_up(self, who: str) -> None:
+        """Take back all outages of somebody who has nothing more to do."""
+        self.progress.recovered(who)
 
     # What the Kafka thread tells (kafka.Listener).
 
@@ -350,9 +371,9 @@ class Member:
     def reachable(self, sentence: str | None) -> None:
         """Note that no broker answers, or that one does again."""
         if sentence is None:
-            self.recovered("kafka")
+            self.recovered(CONSUMER)
         elif self.progress.state != "halted":
-            self.progress.outage("kafka", sentence)
+            self.progress.outage("kafka", sentence, CONSUMER)
 
     def failed(self, error: ConsumerdError) -> None:
         """Halt, by the task that waits for it."""
@@ -371,7 +392,7 @@ class Member:
         if leases:
             self._release(leases)
             await self._assignment.deliver(leases)
-        self.recovered("postgres", "kafka")
+        self.recovered(MEMBER)
         self.progress.joined()
 
     def _release(self, partitions: Iterable[TopicPartition]) -> None:
@@ -380,7 +401,8 @@ class Member:
         for partition in partitions:
             self._assignment.release(partition)
             self._positions.pop(partition, None)
-            self.progress.released(partition)
+            if self.progress.halted is None:  # a halted handler's lag stays to be seen
+                self.progress.released(partition)
         self._settled.set()
 
     async def _flush(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float) -> bool:
@@ -398,7 +420,7 @@ class Member:
 
         if not await self._wait(lambda: not in_flight(), deadline):
             for writer in in_flight():
-                await writer.abort()
+                writer.cut()
 
     async def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Wait until writes or releases have made a condition true; False at the deadline."""

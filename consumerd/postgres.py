@@ -108,11 +108,14 @@ async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> Asy
 
 @asynccontextmanager
 async def errors_of(conn: AsyncConnection[Any]) -> AsyncIterator[None]:
-    """Translate psycopg's errors of what runs outside a transaction."""
+    """Translate psycopg's errors of what runs outside a write: there nothing is read again from the catalog."""
     try:
         yield
     except psycopg.Error as error:
-        raise translate(error, conn) from error
+        meaning = translate(error, conn)
+        if isinstance(meaning, TableChanged):
+            raise Halt("database", f"{meaning}; `consumerd setup` makes the daemon's own tables") from error
+        raise meaning from error
 
 
 def translate(error: psycopg.Error, conn: AsyncConnection[Any]) -> ConsumerdError:
@@ -161,7 +164,12 @@ def _row(error: psycopg.Error) -> int | None:
 
 
 def _one_line(error: psycopg.Error) -> str:
-    """Return the primary message alone: DETAIL and CONTEXT hold values of rows."""
+    """Return what may be told: DETAIL and CONTEXT hold values of rows, and so may a message that has a context.
+
+    A context says that a row was being read, or that a function of the database's own raised the error.
+    """
+    if error.diag.context:
+        return type(error).__name__
     return error.diag.message_primary or " ".join(str(error).split())
 
 

@@ -67,7 +67,8 @@ class Progress:
         self.high: dict[TopicPartition, int] = {}
         self.last_error: str | None = None
         self.last_commit: float | None = None
-        self._outages: dict[Source, _Outage] = {}
+        self._outages: dict[tuple[Source, str], _Outage] = {}
+        """By what is out, and by who met it: another's success says nothing of it."""
         self._recent: deque[tuple[float, int]] = deque()
         self._letters: Counter[str] = Counter()
         self._letters_told = -LETTERS_INTERVAL
@@ -91,23 +92,35 @@ class Progress:
         self._show_state()
         log.error("halted: %s", halt, extra={"handler": self.handler, "reason": halt.reason})
 
-    def outage(self, source: Source, sentence: str) -> None:
-        """Note an outage; a line when it begins or says something else."""
+    def outage(self, source: Source, sentence: str, who: str) -> None:
+        """Note an outage that somebody met; a line when it begins or says something new."""
         self.last_error = sentence
-        known = self._outages.get(source)
-        if known is None or known.sentence != sentence:
-            self._outages[source] = _Outage(sentence, known.since if known else time.monotonic())
+        new = sentence not in self.waiting_for().get(source, [])
+        known = self._outages.get((source, who))
+        self._outages[source, who] = _Outage(sentence, known.since if known else time.monotonic())
+        if new:
             log.warning("waiting: %s", sentence, extra={"handler": self.handler, "source": source})
         if self.state in {"starting", "running"}:
             self.to("waiting")
 
-    def recovered(self, *sources: str) -> None:
-        """Take outages back (all of them when none is named); a line for each that there was."""
-        for source in [source for source in self._outages if not sources or source in sources]:
-            seconds = time.monotonic() - self._outages.pop(source).since
-            log.info("recovered", extra={"handler": self.handler, "source": source, "seconds": round(seconds, 1)})
+    def recovered(self, who: str, *sources: Source) -> None:
+        """Take back what somebody met, of all sources when none is named; a line when it was the last of a source."""
+        for source, met_by in list(self._outages):
+            if met_by == who and (not sources or source in sources):
+                seconds = time.monotonic() - self._outages.pop((source, met_by)).since
+                if source not in self.waiting_for():
+                    extra = {"handler": self.handler, "source": source, "seconds": round(seconds, 1)}
+                    log.info("recovered", extra=extra)
         if self.state == "waiting" and not self._outages:
             self.to("running" if self.ready else "starting")
+
+    def waiting_for(self) -> dict[str, list[str]]:
+        """Return the sentences of the outages that there are, by source."""
+        sentences: dict[str, list[str]] = {}
+        for (source, _), outage in self._outages.items():
+            if outage.sentence not in sentences.setdefault(source, []):
+                sentences[source].append(outage.sentence)
+        return sentences
 
     def joined(self) -> None:
         """Note that the group has let us in."""
@@ -223,7 +236,7 @@ class Progress:
             "state": self.state,
             "ready": self.ready,
             "halt": {"reason": self.halted.reason, "message": str(self.halted)} if self.halted else None,
-            "waiting_for": {source: outage.sentence for source, outage in self._outages.items()},
+            "waiting_for": {source: "; ".join(sentences) for source, sentences in self.waiting_for().items()},
             "last_error": self.last_error,
             "last_commit": self.last_commit,
             "rows_per_second": round(self.rate(), 1),

@@ -41,6 +41,8 @@ class Topic:
     name: str
     partitions: int
     topic_id: str | None
+    matched: bool = False
+    """It was found by a pattern, not named."""
 
 
 class Topics:
@@ -73,7 +75,10 @@ class Topics:
         if not names:
             raise Halt("topic", f"no topic matches {', '.join(patterns)}: correct `topics`, or make the topic")
         ids = await self._call(self._ids, names) if self._kafka.admin else {}
-        return {name: Topic(name=name, partitions=there[name], topic_id=ids.get(name)) for name in names}
+        return {
+            name: Topic(name=name, partitions=there[name], topic_id=ids.get(name), matched=name not in named)
+            for name in names
+        }
 
     async def watch(self, topics: Mapping[str, Topic]) -> None:
         """Look now and then whether topics are still the same ones; raises Halt when one was made again.

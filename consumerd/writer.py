@@ -7,7 +7,11 @@ class says what happens next (`consumerd.errors`).
 
 from __future__ import annotations
 
+import os
+import socket
 import time
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tenacity
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.accumulator import Batch
-    from consumerd.encode import Rows
+    from consumerd.encode import Mapping
     from consumerd.member import Member
 
 Work = list[tuple["Batch", Lease]]
@@ -35,10 +39,11 @@ FRUITLESS_ISOLATIONS = 5
 class Writer:
     """One connection to Postgres, and what is written through it."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Member, name: str) -> None:
         self._member = member
+        self._name = name
         self._conn: AsyncConnection[Any] | None = None
-        self._prepared: object = None
+        self._prepared: Mapping | None = None
         self.work: Work = []
         """What is being written now."""
 
@@ -46,6 +51,7 @@ class Writer:
         """Write what is due, until cancelled."""
         try:
             while True:
+                self.work = []
                 self.work = await self._member.next_work()
                 await self._write(self.work)
         finally:
@@ -53,10 +59,19 @@ class Writer:
             await self.abort()
 
     async def abort(self) -> None:
-        """Close the connection under whatever is using it: the server rolls back."""
+        """Close this writer's connection; the server rolls back."""
         if self._conn is not None:
             conn, self._conn = self._conn, None
             await conn.close()
+
+    def cut(self) -> None:
+        """Break the connection under whatever waits for it, which gets an error and closes it.
+
+        To close it from here would free its number for another socket, whose events the one that waits would get.
+        """
+        if self._conn is not None and not self._conn.closed:
+            with suppress(OSError), socket.socket(fileno=os.dup(self._conn.fileno())) as own:
+                own.shutdown(socket.SHUT_RDWR)
 
     async def _write(self, work: Work) -> None:
         """Try until each batch is written or its partition is no longer held."""
@@ -64,56 +79,63 @@ class Writer:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Outage),
             wait=tenacity.wait_random_exponential(multiplier=retry.initial, max=retry.max),
-            before_sleep=self._member.on_outage,
+            before_sleep=partial(self._member.on_outage, self._name),
         )
         try:
             await retrying(self._until_settled, work)
         except Halt as halt:
             where = ", ".join(f"{b.partition} offsets {b.first_offset}..{b.next_offset - 1}" for b, _ in work)
             raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)") from halt
-        self._member.recovered("postgres", "dead_letter")
+        self._member.given_up(self._name)
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
+            mapping = self._member.mapping
             try:
-                await self._step(work)
+                await self._step(work, mapping)
             except TableChanged as changed:
-                await self._member.load_table(changed)
+                await self._member.load_table(mapping, changed)
             except Fenced:
                 for batch, lease in work:
-                    await self._member.read_back(await self._connection(), batch, lease)
+                    await self._member.read_back(batch, lease)
             except Outage:
                 await self.abort()
                 if any(self._member.holds(batch, lease) for batch, lease in work):
                     raise
 
-    async def _step(self, work: Work) -> None:
+    async def _step(self, work: Work, mapping: Mapping) -> None:
         """Write, or learn which of it is refused: a write of several batches goes again one by one."""
         try:
-            await self._attempt(work)
+            await self._attempt(work, mapping)
         except Rejected as rejected:
             if len(work) == 1:
-                await self._isolate(*work[0], rejected.row)
+                await self._isolate(*work[0], mapping, rejected.row)
             else:
                 for one in work:
                     await self._until_settled([one])
 
-    async def _attempt(self, work: Work) -> None:
+    async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
-        encoded = [(batch, member.encoder.encode(batch)) for batch, _ in work]
-        for batch, _ in encoded:
+        encoded = [mapping.encoder.encode(batch) for batch, _ in work]
+        for batch, _ in work:
             await self._dead_letter(batch)
-        packed = [(member.sink.pack(rows.rows), len(rows.rows)) for _, rows in encoded if rows.rows]
+        packed = []
+        first = 0
+        for rows in encoded:
+            if rows.rows:
+                packed.append((mapping.sink.pack(rows.rows, first), len(rows.rows), first))
+                first += len(rows.rows)
         started = time.monotonic()
-        conn = await self._connection()
+        conn = await self._connection(mapping)
         async with postgres.transaction(conn):
-            await self._advance(conn, work)
-            for data, rows in packed:
-                await member.sink.write(conn, data, rows)
+            await self._advance(conn, work, mapping)
+            for data, count, first in packed:
+                await mapping.sink.write(conn, data, count, first)
         member.written(work, time.monotonic() - started)
+        member.recovered(self._name, "postgres", "dead_letter")
 
-    async def _advance(self, conn: AsyncConnection[Any], work: Work) -> None:
+    async def _advance(self, conn: AsyncConnection[Any], work: Work, mapping: Mapping) -> None:
         """Move the checkpoints, first of all; then make sure that the table is the one that was encoded for."""
         moves = [
             Move(partition=batch.partition, lease=lease, new=batch.next_offset, leader_epoch=batch.leader_epoch)
@@ -121,20 +143,20 @@ class Writer:
         ]
         if len(await self._member.checkpoints.advance(conn, moves)) < len(moves):
             raise Fenced
-        table = self._member.encoder.table
+        table = mapping.table
         await conn.execute(f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE")
         row = await (await conn.execute(fingerprint_query(table.name))).fetchone()
         if row != (table.fingerprint,):
             raise TableChanged(f"table {table.name} is not as it was read from the catalog")
 
-    async def _isolate(self, batch: Batch, lease: Lease, named: int | None) -> None:
+    async def _isolate(self, batch: Batch, lease: Lease, mapping: Mapping, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
         member = self._member
-        rows: Rows = member.encoder.encode(batch)
-        conn = await self._connection()
+        rows = mapping.encoder.encode(batch)
+        conn = await self._connection(mapping)
         async with postgres.transaction(conn, probe=True):
-            await self._advance(conn, [(batch, lease)])
-            refused = await isolate(conn, member.sink, rows.rows, named)
+            await self._advance(conn, [(batch, lease)], mapping)
+            refused = await isolate(conn, mapping.sink, rows.rows, named)
         batch.refused |= {rows.positions[row]: refusal for row, refusal in refused.items()}
         member.isolated(batch, refused)
         if not refused:
@@ -150,16 +172,15 @@ class Writer:
         self._member.breaker.judge(batch, time.monotonic())
         await self._member.letters.send(batch)
 
-    async def _connection(self) -> AsyncConnection[Any]:
+    async def _connection(self, mapping: Mapping) -> AsyncConnection[Any]:
         """Return the open connection, made ready for the sink."""
-        member = self._member
         if self._conn is None or self._conn.closed:
-            self._conn = await member.connect()
+            self._conn = await self._member.connect()
             self._prepared = None
-        if self._prepared is not member.sink:
-            async with postgres.errors_of(self._conn):
-                await member.sink.prepare(self._conn)
-            self._prepared = member.sink
+        if self._prepared is not mapping:
+            async with postgres.transaction(self._conn):
+                await mapping.sink.prepare(self._conn)
+            self._prepared = mapping
         return self._conn
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import json
+import re
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
@@ -44,6 +45,7 @@ MAX_NUMERIC_DIGITS: Final = 131072
 `1e999999999`, would be expanded to a gigabyte of zeros."""
 
 _NULL = b"null"
+_OTHER_DIGITS = re.compile(r"(?![0-9])\d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +282,11 @@ def _numeric(entry: Field) -> Callable[[decimal.Decimal | None, bytes], decimal.
             raise Poison(_refusal("range", "not a number that JSON has", entry.column.name))
         if value and value.adjusted() >= digits:
             raise Poison(_refusal("range", f"more than {digits} digits before the point", entry.column.name))
-        if not message.isascii() and not _literal(message, entry.path).isascii():
+        if (
+            not message.isascii()
+            and _OTHER_DIGITS.search(message.decode("utf-8", "replace"))
+            and not (_literal(message, entry.path).isascii())
+        ):
             raise Poison(_refusal("type", "digits that are not 0 to 9", entry.column.name))
         return value
 
@@ -302,7 +308,7 @@ def _zero(entry: Field) -> Callable[[float | None, bytes], float | None]:
 
 def _literal(message: bytes, path: tuple[str, ...]) -> str:
     """Return what stands at a path as it was sent: a number's digits, or a string; '' where there is neither."""
-    found: object = json.loads(message, parse_float=str, parse_int=str)
+    found: object = json.loads(message.decode("utf-8", "replace"), parse_float=str, parse_int=str)
     for name in path:
         found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, str) else ""

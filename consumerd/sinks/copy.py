@@ -70,11 +70,15 @@ async def copy(conn: AsyncConnection[Any], statement: sql.Composed, data: bytear
     async with conn.cursor() as cursor:
         async with cursor.copy(statement) as copying:
             await copying.write(data)
-        if cursor.rowcount != rows:
-            raise Halt(
-                "table",
-                f"Postgres stored {cursor.rowcount} of {rows} rows: a trigger drops rows; disable it, or let it raise",
-            )
+        check_stored(cursor.rowcount, rows)
+
+
+def check_stored(stored: int, sent: int) -> None:
+    """Halt when Postgres stored fewer rows than it was sent."""
+    if stored != sent:
+        raise Halt(
+            "table", f"Postgres stored {stored} of {sent} rows: a trigger drops rows; disable it, or let it raise"
+        )
 
 
 def copy_statement(table: sql.Composable, columns: Iterable[str]) -> sql.Composed:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from consumerd.sinks.copy import Packer, copy, copy_statement
+from consumerd.sinks.copy import Packer, check_stored, copy, copy_statement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,18 +38,21 @@ class Upsert:
         columns_sql = sql.SQL(", ").join(map(sql.Identifier, names))
         key_sql = sql.SQL(", ").join(map(sql.Identifier, key))
         updates = [sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in names if name not in key]
-        self._merge = sql.SQL(
+        self._merge = (
             "INSERT INTO {target} ({columns}) SELECT {columns} FROM ("
-            "SELECT DISTINCT ON ({key}) {columns} FROM {staging} WHERE {ordinal} >= %(first)s "
+            "SELECT DISTINCT ON ({key}) {columns} FROM {staging} WHERE {ordinal} >= {first} "
             "ORDER BY {key}, {ordinal} DESC) AS newest ON CONFLICT ({key}) DO {action}"
-        ).format(
-            target=target,
-            columns=columns_sql,
-            key=key_sql,
-            staging=STAGING,
-            ordinal=sql.Identifier(ORDINAL),
-            action=sql.SQL("UPDATE SET {}").format(sql.SQL(", ").join(updates)) if updates else sql.SQL("NOTHING"),
         )
+        self._count = "SELECT count(*) FROM (SELECT DISTINCT {key} FROM {staging} WHERE {ordinal} >= {first}) AS keys"
+        self._counts = table.may_drop_rows and bool(updates)
+        self._names = {
+            "target": target,
+            "columns": columns_sql,
+            "key": key_sql,
+            "staging": STAGING,
+            "ordinal": sql.Identifier(ORDINAL),
+            "action": sql.SQL("UPDATE SET {}").format(sql.SQL(", ").join(updates)) if updates else sql.SQL("NOTHING"),
+        }
         unmapped = [column.name for column in table.columns if column.name not in names]
         self._prepare = sql.SQL(
             "CREATE TEMPORARY TABLE {staging} (LIKE {target} INCLUDING CONSTRAINTS, {ordinal} integer) "
@@ -70,6 +73,10 @@ class Upsert:
         return self._packer.pack((*row, ordinal) for ordinal, row in enumerate(rows, first))
 
     async def write(self, conn: AsyncConnection[Any], data: bytearray, rows: int, first: int = 0) -> None:
-        """Copy the rows into the staging table and merge them."""
+        """Copy the rows into the staging table and merge them; halts when a trigger dropped some."""
         await copy(conn, self._copy, data, rows)
-        await conn.execute(self._merge, {"first": first})
+        names = {**self._names, "first": sql.Literal(first)}
+        merged = (await conn.execute(sql.SQL(self._merge).format(**names))).rowcount
+        if self._counts:
+            ((keys,),) = await (await conn.execute(sql.SQL(self._count).format(**names))).fetchall()
+            check_stored(merged, keys)

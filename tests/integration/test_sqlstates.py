@@ -12,7 +12,7 @@ from psycopg import AsyncConnection
 
 from consumerd import postgres
 from consumerd.config import PostgresConfig
-from consumerd.errors import ConsumerdError, Halt, Outage, Rejected
+from consumerd.errors import ConsumerdError, Halt, Outage, Rejected, TableChanged
 from consumerd.sinks.copy import Packer
 from tests.servers.process import free_port
 
@@ -78,8 +78,8 @@ CASES = {
     ),
     "a trigger's RAISE": Case("P0001", Rejected, "INSERT INTO raising VALUES ('Swordfish', 'P0001')"),
     "a trigger's own code": Case("U1234", Halt, "INSERT INTO raising VALUES ('x', 'U1234')"),
-    "no table": Case("42P01", Halt, "INSERT INTO nowhere VALUES (1)"),
-    "no column": Case("42703", Halt, "INSERT INTO t (nothing) VALUES (1)"),
+    "no table": Case("42P01", TableChanged, "INSERT INTO nowhere VALUES (1)"),
+    "no column": Case("42703", TableChanged, "INSERT INTO t (nothing) VALUES (1)"),
     "no privilege": Case("42501", Halt, "SET LOCAL ROLE pg_monitor; INSERT INTO t (id) VALUES (2)"),
     "sequence exhausted": Case("2200H", Halt, "INSERT INTO t (id) VALUES (nextval('spent'))"),
     "statement_timeout": Case("57014", Outage, "SET LOCAL statement_timeout = '1ms'; SELECT pg_sleep(60)"),

@@ -152,13 +152,13 @@ def test_outage_and_back(it: Progress, clock: Clock, caplog: pytest.LogCaptureFi
     it.joined()
     caplog.clear()
     for _ in range(3):
-        it.outage("postgres", "down")
+        it.outage("postgres", "down", "one")
         clock.now += 2
     assert (it.state, it.status({})["waiting_for"]) == ("waiting", {"postgres": "down"})
-    it.outage("postgres", "starting up")
-    it.recovered("kafka")
+    it.outage("postgres", "starting up", "one")
+    it.recovered("one", "kafka")
     assert it.state == "waiting"
-    it.recovered("postgres")
+    it.recovered("one", "postgres")
     assert (it.state, it.status({})["waiting_for"]) == ("running", {})
     assert it.last_error == "starting up"
     assert lines(caplog) == ["waiting: down", "waiting", "waiting: starting up", "recovered", "running"]
@@ -168,19 +168,31 @@ def test_outage_and_back(it: Progress, clock: Clock, caplog: pytest.LogCaptureFi
 def test_two_outages(it: Progress) -> None:
     """A handler waits until the last of its outages is over."""
     it.joined()
-    it.outage("postgres", "down")
-    it.outage("kafka", "down")
-    it.recovered("kafka")
+    it.outage("postgres", "down", "one")
+    it.outage("kafka", "down", "one")
+    it.recovered("one", "kafka")
     states: list[str] = [it.state]
-    it.recovered()
+    it.recovered("one")
     states.append(it.state)
     assert states == ["waiting", "running"]
 
 
+def test_an_outage_is_over_for_those_who_met_it(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    """One writer's success does not end what another waits for; the same sentence of two is told once."""
+    it.joined()
+    caplog.clear()
+    it.outage("postgres", "down", "one")
+    it.outage("postgres", "down", "two")
+    it.recovered("one", "postgres")
+    assert (it.state, it.status({})["waiting_for"]) == ("waiting", {"postgres": "down"})
+    it.recovered("two", "postgres")
+    assert lines(caplog) == ["waiting: down", "waiting", "recovered", "running"]
+
+
 def test_outage_before_joining(it: Progress) -> None:
     """A handler that never joined goes back to starting, not to running."""
-    it.outage("kafka", "down")
-    it.recovered("kafka")
+    it.outage("kafka", "down", "one")
+    it.recovered("one", "kafka")
     assert (it.state, it.ready) == ("starting", False)
 
 
@@ -188,15 +200,15 @@ def test_outage_while_stopping(it: Progress) -> None:
     """An outage during a stop leaves the state as it is."""
     it.joined()
     it.to("stopping")
-    it.outage("postgres", "down")
-    it.recovered()
+    it.outage("postgres", "down", "one")
+    it.recovered("one")
     assert it.state == "stopping"
 
 
 def test_halt(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
     """A halt is one line, is not ready, ends outages, and stands in status and metrics."""
     it.joined()
-    it.outage("postgres", "down")
+    it.outage("postgres", "down", "one")
     caplog.clear()
     it.halt(Halt("table", "table t does not exist"))
     assert lines(caplog) == ["halted: table t does not exist"]
@@ -210,8 +222,8 @@ def test_halt_stays(it: Progress) -> None:
     """Neither an outage nor its end takes a halt back."""
     it.joined()
     it.halt(Halt("table", "gone"))
-    it.outage("kafka", "down")
-    it.recovered()
+    it.outage("kafka", "down", "one")
+    it.recovered("one")
     assert it.state == "halted"
 
 

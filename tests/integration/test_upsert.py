@@ -1,0 +1,83 @@
+"""The upsert sink on a real Postgres: which row of a key is left, and that none goes missing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumerd import catalog, postgres
+from consumerd.config import HandlerConfig, PostgresConfig
+from consumerd.encode import Encoder
+from consumerd.errors import Halt
+from consumerd.sinks.upsert import Upsert
+
+Row = tuple[Any, ...]
+
+
+async def written(database: str, make: str, batches: Sequence[Sequence[Row]], key: str = "id") -> list[Row]:
+    """Make the table `t`, write batches to it in one transaction, and return its rows."""
+    conn = await postgres.connect(PostgresConfig(dsn=database), "test")
+    try:
+        await conn.execute(make.encode())
+        table = await catalog.load(conn, "t", ("INSERT",))
+        sink = Upsert(table, table.columns[:2], (key,))
+        async with postgres.transaction(conn):
+            await sink.prepare(conn)
+            first = 0
+            for rows in batches:
+                await sink.write(conn, sink.pack(rows, first), len(rows), first)
+                first += len(rows)
+        return await (await conn.execute("SELECT * FROM t ORDER BY 1, 2")).fetchall()
+    finally:
+        await conn.close()
+
+
+async def test_the_last_of_a_key_wins(database: str) -> None:
+    """Within a batch the last row of a key is left, and a later batch of the transaction wins over an earlier one."""
+    batches = [[(1, "a"), (2, "b"), (1, "c")], [(2, "d"), (3, "e")]]
+    rows = await written(database, "CREATE TABLE t (id bigint PRIMARY KEY, v text)", batches)
+    assert rows == [(1, "c"), (2, "d"), (3, "e")]
+
+
+async def test_each_row_is_merged_once(database: str) -> None:
+    """Batches of one transaction are merged once each, not again with those that follow."""
+    make = """
+        CREATE TABLE t (id bigint PRIMARY KEY, v text, touched int DEFAULT 0);
+        CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN NEW.touched := OLD.touched + 1; RETURN NEW; END';
+        CREATE TRIGGER touch BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION touch()"""
+    rows = await written(database, make, [[(1, "a")], [(2, "b")], [(3, "c")]])
+    assert rows == [(1, "a", 0), (2, "b", 0), (3, "c", 0)]
+
+
+async def test_a_trigger_that_drops_rows_halts(database: str) -> None:
+    """Rows that a trigger drops are not lost silently."""
+    make = """
+        CREATE TABLE t (id bigint PRIMARY KEY, v text);
+        CREATE FUNCTION gone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER gone BEFORE INSERT ON t FOR EACH ROW WHEN (NEW.id = 2) EXECUTE FUNCTION gone()"""
+    with pytest.raises(Halt, match="stored 2 of 3 rows"):
+        await written(database, make, [[(1, "a"), (2, "b"), (3, "c")]])
+
+
+@pytest.mark.parametrize("name", ["a%", "a'b", 'a"b', "select", "{}", "%(first)s", "é b"])
+async def test_hostile_names(database: str, name: str) -> None:
+    """A column may have any name."""
+    quoted = name.replace('"', '""')
+    make = f'CREATE TABLE t ("{quoted}" bigint PRIMARY KEY, v text)'
+    assert await written(database, make, [[(1, "a"), (1, "b")]], key=name) == [(1, "b")]
+
+
+async def test_a_key_must_have_a_value(database: str) -> None:
+    """A key column takes no null, though the table would: an index holds many of them, a batch would keep one."""
+    conn = await postgres.connect(PostgresConfig(dsn=database), "test")
+    try:
+        await conn.execute("CREATE TABLE t (id bigint UNIQUE, v text)")
+        table = await catalog.load(conn, "t", ("INSERT",))
+    finally:
+        await conn.close()
+    handler = HandlerConfig.model_validate(
+        {"name": "t", "path": Path("t.toml"), "topics": ["t"], "table": {"name": "t", "write": "upsert", "key": ["id"]}}
+    )
+    assert [column.not_null for column in Encoder(table, handler).columns] == [True, False]
