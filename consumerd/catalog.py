@@ -47,6 +47,7 @@ class Column:
     not_null: bool
     automatic: bool
     """Generated or identity: left to Postgres unless it is mapped by name."""
+    has_default: bool = False
 
     @property
     def max_length(self) -> int | None:
@@ -97,7 +98,7 @@ WHERE c.oid = to_regclass(%(name)s)"""
 
 _COLUMNS = """\
 SELECT attname, atttypid::int8, atttypmod, format_type(atttypid, atttypmod), attnotnull,
-       attidentity <> '' OR attgenerated <> '', ({fingerprint})
+       attidentity <> '' OR attgenerated <> '', atthasdef, ({fingerprint})
 FROM pg_catalog.pg_attribute WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
 """Columns and fingerprint come of one statement: of two, the second may see another table than the first."""
 
@@ -145,7 +146,8 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
     query = sql.SQL(_COLUMNS).format(fingerprint=fingerprint_query(name), oid=sql.Literal(oid))
     rows = await (await conn.execute(query)).fetchall()
     columns = tuple(
-        Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a) for n, o, m, t, nn, a, _ in rows
+        Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a, has_default=d)
+        for n, o, m, t, nn, a, d, _ in rows
     )
     unique = tuple(frozenset(names) for (names,) in await (await conn.execute(_UNIQUE, [oid])).fetchall())
     triggers = await (await conn.execute(_BEFORE_TRIGGERS, [oid])).fetchall()

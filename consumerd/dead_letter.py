@@ -151,6 +151,12 @@ class DeadLetters:
             return Halt(
                 "dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it, then restart"
             )
+        if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}:  # noqa: SLF001
+            return Outage(
+                "dead_letter",
+                f"dead-letter topic {topic} is gone; make it again: kafka-topics --bootstrap-server "
+                f"{self._kafka.bootstrap_servers} --create --topic {topic} --config retention.ms=-1",
+            )
         return Outage("dead_letter", f"dead-letter topic {topic}: {error.str()}")
 
     def _new_producer(self) -> ck.Producer:

@@ -29,6 +29,11 @@ TOMBSTONE = Refusal(
 )
 
 
+EMPTY = Refusal(
+    reason="malformed", stage="decode", error="consumerd.errors.Poison", message="the message's value is empty"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of one batch, in offset order; `positions` are their messages' positions in the batch."""
@@ -76,8 +81,8 @@ class Encoder:
             if position in batch.refused:
                 continue
             value = message.value()
-            if value is None:
-                batch.refused[position] = TOMBSTONE
+            if not value:
+                batch.refused[position] = TOMBSTONE if value is None else EMPTY
                 continue
             try:
                 rows.append(self._decode(value))
@@ -133,6 +138,12 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
             f"table {table.name} has no unique index on ({key}), which upsert needs; type: "
             f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier} ({key});"
         )
+    problems += [
+        f"column {column.name} of table {table.name} is NOT NULL, has no default, and is not mapped: map it under "
+        f"[columns], or type: ALTER TABLE {table.identifier} ALTER {column.name} DROP NOT NULL;"
+        for column in table.columns
+        if column.not_null and not column.automatic and not column.has_default and column.name not in names
+    ]
     if not problems and not fields:
         problems.append(f"table {table.name} has no column to write")
     if problems:

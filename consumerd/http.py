@@ -15,7 +15,7 @@ import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from consumerd import metrics
-from consumerd.errors import ConfigError
+from consumerd.errors import ConsumerdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ class HttpServer:
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}") from error
+            raise ConsumerdError(f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}") from error
         self._server.daemon_threads = True
         self.address = f"{host}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()

@@ -48,8 +48,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEMBER, CONSUMER = "member", "consumer"
+MEMBER, CONSUMER, GROUP = "member", "consumer", "group"
 """Who meets outages, beside the writers."""
+JOIN_VISIBLE_AFTER = 5.0
+"""Seconds after which a handler that is not in its group yet says so."""
 LIBRDKAFKA_SHARE = 0.5
 """Share of a handler's memory for librdkafka's queues; the rest is for what is gathered and in flight."""
 BATCHES_PER_CONNECTION = 2
@@ -156,6 +158,16 @@ class Member:
         )
         self._thread.start()
         self.recovered(MEMBER)
+        asyncio.get_running_loop().call_later(JOIN_VISIBLE_AFTER, self._still_outside)
+
+    def _still_outside(self) -> None:
+        """Say that the group has not let this member in yet."""
+        if self.progress.state == "starting":
+            sentence = (
+                f"group {self.handler.group_id} has not let this member in yet: a member that died is in it until its "
+                f"session times out (session.timeout.ms, 45 s by default)"
+            )
+            self.progress.outage("kafka", sentence, GROUP)
 
     async def _claim_forever(self) -> None:
         while True:
@@ -342,6 +354,7 @@ class Member:
     def assigned(self, partitions: list[TopicPartition]) -> None:
         """Note an assignment; the claim follows."""
         self._assignment.assign(partitions)
+        self.recovered(GROUP)
         self.progress.rebalanced(len(self._assignment.assigned), assigned=partitions)
 
     async def revoked(self, partitions: list[TopicPartition], deadline: float) -> None:

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from consumerd import __version__
 from consumerd.accumulator import FlushReason
 from consumerd.errors import HaltReason, PoisonReason, Source
 
+# A series of its own for each counter's birth would bury the counters.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 registry = CollectorRegistry(auto_describe=True)
 ProcessCollector(registry=registry)
 PlatformCollector(registry=registry)

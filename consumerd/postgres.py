@@ -57,7 +57,9 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
     except ConfigError as error:
         raise Outage("postgres", str(error)) from error
     except psycopg.ProgrammingError as error:
-        raise Halt("database", "postgres.dsn is not a connection string that libpq understands") from error
+        option = str(error).strip() if str(error).startswith("invalid connection option") else ""
+        sentence = "postgres.dsn is not a connection string that libpq understands"
+        raise Halt("database", f"{sentence}: {option}" if option else sentence) from error
     parameters: dict[str, Any] = {
         **CONNECTION_DEFAULTS,
         **given,

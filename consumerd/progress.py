@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from consumerd import metrics
+from consumerd.errors import Halt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from consumerd.accumulator import Batch
-    from consumerd.errors import Halt, Source
+    from consumerd.errors import Source
     from consumerd.types import Message, TopicPartition
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class Progress:
 
     def halt(self, halt: Halt) -> None:
         """Note a halt: the one state that only a restart ends."""
+        if "restart" not in str(halt):
+            halt = Halt(halt.reason, f"{halt}; then restart consumerd")
         self.halted, self.last_error, self.state, self.ready = halt, str(halt), "halted", False
         self._outages.clear()
         metrics.halts.labels(self.handler, halt.reason).inc()

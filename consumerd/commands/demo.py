@@ -60,6 +60,7 @@ class Stage:
     database: Database
     daemon: Daemon
     expected: Mapping[str, list[Produced]]
+    began: float = 0.0
     seconds: float = 0.0
     """Time in which the daemon was seen to write."""
     messages: int = 0
@@ -83,9 +84,9 @@ def _play(screen: Screen, *, keep: bool) -> int:
         try:
             began = time.monotonic()
             stage = _set(screen, stack)
+            stage.began = began
             try:
                 code = _perform(stage, keep=keep)
-                screen.say(f"({time.monotonic() - began:.1f} s)")
                 if keep:
                     _wait_for_end(stage)
             except DemoFailed as failure:
@@ -205,12 +206,16 @@ def _judge(stage: Stage, verdicts: dict[str, Verdict], lags: dict[str, int]) -> 
     rate = stage.messages * share / stage.seconds if stage.seconds else 0.0
     found = list(verdicts.values())
     stage.screen.table(["", *verdicts], [*_lines(found), ["lag", *(f"{lags[name]:,}" for name in verdicts)]])
-    stage.screen.say(f"rows/s: {rate:,.0f}, both tables together, while the daemon was writing")
+    stage.screen.say(
+        f"rows/s: {rate:,.0f}, both tables together, while the daemon was writing; "
+        f"{time.monotonic() - stage.began:.1f} s in all"
+    )
     faults = [f"{name}: {fault}" for name, verdict in verdicts.items() for fault in verdict.faults]
     faults += [f"{name}: the daemon tells a lag of {lag:,} messages" for name, lag in lags.items() if lag]
     stage.screen.faults(faults)
     lost, doubled = sum(len(verdict.lost) for verdict in found), sum(len(verdict.doubled) for verdict in found)
-    stage.screen.say(f"lost {lost}, doubled {doubled}")
+    wrong = sum(len(verdict.wrong) for verdict in found)
+    stage.screen.say(f"lost {lost}, doubled {doubled}" + (f", wrong {wrong}" if wrong else ""))
     return 1 if faults else 0
 
 

@@ -45,7 +45,7 @@ MAX_NUMERIC_DIGITS: Final = 131072
 `1e999999999`, would be expanded to a gigabyte of zeros."""
 
 _NULL = b"null"
-_OTHER_DIGITS = re.compile(r"(?![0-9])\d")
+_OTHER_DIGITS = re.compile(r"(?![0-9 \t\r\n])[\d\s]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,15 +282,18 @@ def _numeric(entry: Field) -> Callable[[decimal.Decimal | None, bytes], decimal.
             raise Poison(_refusal("range", "not a number that JSON has", entry.column.name))
         if value and value.adjusted() >= digits:
             raise Poison(_refusal("range", f"more than {digits} digits before the point", entry.column.name))
-        if (
-            not message.isascii()
-            and _OTHER_DIGITS.search(message.decode("utf-8", "replace"))
-            and not (_literal(message, entry.path).isascii())
-        ):
+        if _may_hold_other_digits(message) and not _literal(message, entry.path).isascii():
             raise Poison(_refusal("type", "digits that are not 0 to 9", entry.column.name))
         return value
 
     return numeric
+
+
+def _may_hold_other_digits(message: bytes) -> bool:
+    """Whether a string in a message may hold digits or blanks of other scripts, as they are or escaped."""
+    return b"\\u" in message or (
+        not message.isascii() and _OTHER_DIGITS.search(message.decode("utf-8", "replace")) is not None
+    )
 
 
 def _zero(entry: Field) -> Callable[[float | None, bytes], float | None]:

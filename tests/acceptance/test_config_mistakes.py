@@ -120,12 +120,12 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
 
 
 def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
-    """A `daemon.listen` that somebody else has is a mistake of the configuration: exit 78, naming key and address."""
+    """A `daemon.listen` that somebody else has is told with key and address; exit 1: it may be free at the next try."""
     with socket.create_server(("127.0.0.1", free_port())) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         path = config(tmp_path, "host=127.0.0.1 port=1", daemon={"listen": listen})
         done = consumerd("run", "-c", str(path), cwd=tmp_path)
-    assert (CONFIG, 1) == (done.returncode, len(done.stderr.splitlines()))
+    assert (FAILED, 1) == (done.returncode, len(done.stderr.splitlines()))
     assert f"cannot listen on {listen} (daemon.listen)" in done.stderr
 
 

@@ -211,10 +211,10 @@ def test_halt(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
     it.outage("postgres", "down", "one")
     caplog.clear()
     it.halt(Halt("table", "table t does not exist"))
-    assert lines(caplog) == ["halted: table t does not exist"]
+    assert lines(caplog) == ["halted: table t does not exist; then restart consumerd"]
     status = it.status({})
     assert (status["state"], status["ready"], status["waiting_for"]) == ("halted", False, {})
-    assert status["halt"] == {"reason": "table", "message": "table t does not exist"}
+    assert status["halt"] == {"reason": "table", "message": "table t does not exist; then restart consumerd"}
     assert (sample(it, "halts_total", reason="table"), sample(it, "handler_state", state="halted")) == (1.0, 1.0)
 
 
