@@ -189,6 +189,7 @@ class Progress:
         if oldest > 0:
             metrics.end_to_end_latency.labels(self.handler).observe(max(0.0, now - oldest))
         if progress := self.partitions.get(partition):
+            self.high[partition] = max(self.high.get(partition, 0), batch.next_offset)
             progress.checkpoint = batch.next_offset
             progress.last_timestamp = batch.messages[-1].timestamp()[1]
         self._tell_letters(batch)

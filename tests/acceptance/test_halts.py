@@ -184,7 +184,7 @@ def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
     send(kafka, absent)
     command = shlex.split(re.findall(r"kafka-topics (.*?);", said["no_letters"])[0])
     kafka.tool("org.apache.kafka.tools.TopicCommand", *command)
-    command = shlex.split(re.findall(r"kafka-configs (.*)", said["compacted"])[0])
+    command = shlex.split(re.findall(r"kafka-configs (.*?);", said["compacted"])[0])
     kafka.tool("kafka.admin.ConfigCommand", *command)
     handlers["bad_type"]["columns"] = {"id": "id", "n": "n"}
     restart(run, handlers)
@@ -364,7 +364,10 @@ def test_a_topic_made_again_halts_and_a_deleted_group_changes_nothing(
     expect_rows(database, "forgotten", range(20))
     assert stopped == ("the checkpoint stands" in run.logs())
     expect_not_ready(run, "again")
-    expect_rows(database, "again")
+    if stopped:
+        expect_rows(database, "again")
+    else:  # what came between two looks at the topic's id may have landed, and the halt says so
+        assert set(landed(database, "again")) >= {(number, number) for number in range(10)}
 
 
 def test_another_database_or_another_name_halts(
