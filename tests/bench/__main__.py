@@ -36,6 +36,8 @@ COLUMNS = (
     ("o", 3802, "jsonb", False),
 )
 TABLE = "CREATE TABLE {name} ({columns}, PRIMARY KEY (id))"
+LIMIT = 300
+"""Seconds for one run."""
 LOOK = 0.02
 """Seconds between two looks at how far the daemon is."""
 
@@ -79,6 +81,7 @@ def make_table(dsn: str, name: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute(f"DROP TABLE IF EXISTS {name}")
         conn.execute(TABLE.format(name=name, columns=columns))
+        conn.execute("DROP SCHEMA IF EXISTS consumerd CASCADE")  # a new group into an old target is refused
         conn.execute("CHECKPOINT")
 
 
@@ -143,8 +146,11 @@ def reached(conn: psycopg.Connection, group: str, count: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool]) -> float:
-    """Wait until a condition holds, and return when that was."""
+    """Wait until a condition holds, and return when that was; a halted daemon does not hold it up for ever."""
+    deadline = time.monotonic() + LIMIT
     while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the daemon was not done within {LIMIT} s")
         time.sleep(LOOK)
     return time.perf_counter()
 
