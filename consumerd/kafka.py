@@ -11,6 +11,8 @@ the partitions go.
 Backpressure: at the bound the thread first stops consuming, so librdkafka's own queue (a part of the bound) fills and
 its fetcher stops; `pause()` would throw that queue away. Only when the bound is held for long are the partitions
 paused, because then the thread must poll again to stay in its group.
+
+Over 400 lines, because one thread owns one Consumer and everything that it may do with it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Here everything that happens to a handler meets: the thread that owns the Consumer (`kafka.py`) tells of assignments,
 messages and revocations; `assignment.py` turns assigned partitions into leased ones; writers (`writer.py`) take work
 and report what was written. A halt ends this handler alone: it leaves its group and frees its buffers.
+
+Over 400 lines, because the order in which these meet is what the promises hang on, and it is read in one place.
 """
 
 from __future__ import annotations
