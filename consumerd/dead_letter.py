@@ -144,8 +144,8 @@ class DeadLetters:
             return Halt(
                 "dead_letter",
                 f"a letter of {batch.partition} (offsets {batch.first_offset}..{batch.next_offset - 1}) is too large "
-                f"for {topic}; type: kafka-configs --alter --topic {topic} --add-config max.message.bytes=N and "
-                f"restart",
+                f"for {topic}; type: kafka-configs --bootstrap-server {self._kafka.bootstrap_servers} --alter --topic "
+                f"{topic} --add-config max.message.bytes=N; then restart",
             )
         if error.code() in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}:
             return Halt(

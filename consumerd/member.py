@@ -102,7 +102,7 @@ class Member:
     async def run(self) -> None:
         """Run until cancelled or halted."""
         try:
-            await self._retry(self._start)
+            await self.retry(MEMBER, self._start)
             async with asyncio.TaskGroup() as tasks:
                 name = self.handler.name
                 tasks.create_task(self._claim_forever(), name=f"{name}: claim")
@@ -173,7 +173,7 @@ class Member:
 
     async def _claim_forever(self) -> None:
         while True:
-            await self._retry(self._claim, await self._assignment.next_to_claim())
+            await self.retry(MEMBER, self._claim, await self._assignment.next_to_claim())
 
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""
@@ -187,13 +187,13 @@ class Member:
             await self._thread.close()
         await asyncio.to_thread(self.letters.close)
 
-    async def _retry(self, function: Callable[..., Awaitable[None]], *values: object) -> None:
-        """Run until it succeeds; outages are retried for ever, visibly."""
+    async def retry(self, who: str, function: Callable[..., Awaitable[None]], *values: object) -> None:
+        """Run until it succeeds; outages are retried for ever, visibly, as met by `who`."""
         retry = self.handler.retry
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Outage),
             wait=tenacity.wait_random_exponential(multiplier=retry.initial, max=retry.max),
-            before_sleep=partial(self.on_outage, MEMBER),
+            before_sleep=partial(self._on_outage, who),
         )
         await retrying(function, *values)
 
@@ -305,19 +305,15 @@ class Member:
 
     # Outages.
 
-    def on_outage(self, who: str, state: tenacity.RetryCallState) -> None:
+    def _on_outage(self, who: str, state: tenacity.RetryCallState) -> None:
         """Show an outage that somebody met, before the wait for the next try."""
         error = cast("Outage", state.outcome.exception() if state.outcome else None)
         metrics.retries.labels(self.handler.name, error.source).inc()
         self.progress.outage(error.source, str(error), who)
 
     def recovered(self, who: str, *sources: Source) -> None:
-        """Take back outages that somebody met: it has done its work."""
+        """Take back outages that somebody met, all of them when no source is named."""
         self.progress.recovered(who, *sources)
-
-    def given_up(self, who: str) -> None:
-        """Take back all outages of somebody who has nothing more to do."""
-        self.progress.recovered(who)
 
     # What the Kafka thread tells (kafka.Listener).
 

@@ -11,10 +11,7 @@ import os
 import socket
 import time
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import tenacity
 
 from consumerd import postgres
 from consumerd.catalog import fingerprint_query
@@ -75,18 +72,12 @@ class Writer:
 
     async def _write(self, work: Work) -> None:
         """Try until each batch is written or its partition is no longer held."""
-        retry = self._member.handler.retry
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(Outage),
-            wait=tenacity.wait_random_exponential(multiplier=retry.initial, max=retry.max),
-            before_sleep=partial(self._member.on_outage, self._name),
-        )
         try:
-            await retrying(self._until_settled, work)
+            await self._member.retry(self._name, self._until_settled, work)
         except Halt as halt:
             where = ", ".join(f"{b.partition} offsets {b.first_offset}..{b.next_offset - 1}" for b, _ in work)
             raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)") from halt
-        self._member.given_up(self._name)
+        self._member.recovered(self._name)
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
