@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from consumerd.errors import Refusal
     from consumerd.types import Message, TopicPartition
 
-FlushReason = Literal["messages", "bytes", "age", "pressure", "revoke", "drain"]
+FlushReason = Literal["messages", "bytes", "age", "pressure", "revoke", "drain", "tail"]
 
 MESSAGE_OVERHEAD = 400
 """Bytes that a buffered message costs beside its value: the objects for message, topic, key and headers (measured as
@@ -37,9 +37,15 @@ class Bounds:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
-    """Consecutive messages of one partition, kept raw until they are checkpointed."""
+    """Consecutive messages of one partition, kept raw until they are checkpointed.
+
+    One without messages moves the checkpoint over offsets that hold none: `Accumulator.tail`.
+    """
 
     partition: TopicPartition
+    first_offset: int
+    next_offset: int
+    """The checkpoint after this batch."""
     messages: list[Message]
     size: int
     reason: FlushReason
@@ -56,21 +62,41 @@ class Batch:
     """How many of `refused` the breaker has counted; None: it has not seen this batch."""
     fruitless: int = 0
     """Times that the database refused the batch and then none of its rows."""
-
-    @property
-    def first_offset(self) -> int:
-        """The offset of the first message."""
-        return self.messages[0].offset()
-
-    @property
-    def next_offset(self) -> int:
-        """The checkpoint after this batch."""
-        return self.messages[-1].offset() + 1
+    cancelled: int = 0
+    """Times that the database cancelled its write when it was one message alone."""
+    orphaned_since: float | None = None
+    """Since when rows of it have been refused for a foreign key that refers to nothing."""
 
     @property
     def leader_epoch(self) -> int | None:
         """The epoch of the leader that served the last message."""
-        return self.messages[-1].leader_epoch()
+        return self.messages[-1].leader_epoch() if self.messages else None
+
+    def cut(self, count: int) -> Batch:
+        """Keep the first `count` messages and return the others, with what is known of them.
+
+        None of the letters may be on its way.
+        """
+        rest = Batch(
+            partition=self.partition,
+            first_offset=self.messages[count].offset(),
+            next_offset=self.next_offset,
+            messages=self.messages[count:],
+            size=size_of(self.messages[count:]),
+            reason=self.reason,
+            gathered_since=self.gathered_since,
+            refused={position - count: why for position, why in self.refused.items() if position >= count},
+            lettered={position - count for position in self.lettered if position >= count},
+            judged=None if self.judged is None else sum(position >= count for position in self.refused),
+        )
+        if self.judged is not None and rest.judged is not None:
+            self.judged -= rest.judged
+        self.next_offset = rest.first_offset
+        del self.messages[count:]
+        self.size -= rest.size
+        self.refused = {position: why for position, why in self.refused.items() if position < count}
+        self.lettered = {position for position in self.lettered if position < count}
+        return rest
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +114,20 @@ class _Queue:
     messages: int = 0
     size: int = 0
     out: Batch | None = None
+    rest: Batch | None = None
+    """What was cut off a batch that was out: the next one."""
+    tail: tuple[int, int] | None = None
+    """Offsets, the second not included, that hold no message and follow what is written."""
     hurry: FlushReason | None = None
+
+    @property
+    def since(self) -> float | None:
+        """When the oldest message that waits arrived; None if none waits, or one is out."""
+        if self.out is not None:
+            return None
+        if self.rest is not None:
+            return self.rest.gathered_since
+        return self.chunks[0].arrived if self.chunks else None
 
 
 def size_of(messages: Sequence[Message]) -> int:
@@ -119,6 +158,7 @@ class Accumulator:
     def add(self, partition: TopicPartition, messages: list[Message], size: int, now: float) -> bool:
         """Gather what one `consume()` brought for an open partition; True when its batch has reached a bound."""
         queue = self._queues[partition]
+        queue.tail = None
         queue.chunks.append(_Chunk(messages, size, now))
         queue.messages += len(messages)
         queue.size += size
@@ -127,6 +167,22 @@ class Accumulator:
         return queue.out is None and (
             queue.messages >= self._bounds.max_messages or queue.size >= self._bounds.max_bytes
         )
+
+    def tail(self, partition: TopicPartition, start: int, end: int) -> None:
+        """Make due a batch without messages, if the partition has none: its log ends with offsets that hold none."""
+        queue = self._queues.get(partition)
+        if queue is not None and not queue.chunks and queue.rest is None and queue.out is None:
+            queue.tail = (start, end)
+
+    def split(self, batch: Batch, count: int) -> Batch:
+        """Keep the first `count` messages of a batch that is out; return the others, the partition's next batch."""
+        rest = batch.cut(count)
+        queue = self._queues.get(batch.partition)
+        if queue is not None and queue.out is batch:
+            queue.rest = rest
+            queue.messages += len(rest.messages)
+            queue.size += rest.size
+        return rest
 
     def hurry(self, partitions: Iterable[TopicPartition], reason: FlushReason) -> None:
         """Make what these partitions hold due at once: they are about to go."""
@@ -140,9 +196,9 @@ class Accumulator:
         Under memory pressure everything is due.
         """
         due = [
-            (queue.chunks[0].arrived, partition, queue, reason)
+            (since, partition, queue, reason)
             for partition, queue in self._queues.items()
-            if queue.chunks and queue.out is None and (reason := self._due(queue, now, pressure=pressure))
+            if (since := queue.since) is not None and (reason := self._due(queue, now, pressure=pressure))
         ]
         due.sort(key=lambda entry: entry[:2])
         batches: list[Batch] = []
@@ -152,11 +208,11 @@ class Accumulator:
                 messages + queue.messages > self._bounds.max_messages or size + queue.size > self._bounds.max_bytes
             ):
                 break
-            batch = queue.out = self._cut(partition, queue, reason)
+            batch = queue.out = self._next(partition, queue, reason)
             batches.append(batch)
             messages += len(batch.messages)
             size += batch.size
-        return batches
+        return batches or self._take_tails(now)
 
     def done(self, batch: Batch) -> None:
         """Forget a batch that was taken. One of a partition closed since then is forgotten already."""
@@ -175,23 +231,33 @@ class Accumulator:
 
     def next_due(self) -> float | None:
         """Return when the oldest gathered batch reaches `max_age`; None if nothing waits for that."""
-        arrived = [queue.chunks[0].arrived for queue in self._queues.values() if queue.chunks and queue.out is None]
+        arrived = [since for queue in self._queues.values() if (since := queue.since) is not None]
         return min(arrived) + self._bounds.max_age if arrived else None
 
     def holds(self, partitions: Iterable[TopicPartition]) -> bool:
         """Whether any of these has messages that are not written."""
-        return any(queue.chunks or queue.out for p in partitions if (queue := self._queues.get(p)))
+        return any(
+            queue.chunks or queue.out or queue.rest for p in partitions if (queue := self._queues.get(p)) is not None
+        )
+
+    def is_out(self, partition: TopicPartition) -> bool:
+        """Whether a batch of the partition is being written."""
+        queue = self._queues.get(partition)
+        return queue is not None and queue.out is not None
 
     def oldest(self, partition: TopicPartition) -> Message | None:
         """Return the oldest message of a partition that is not written."""
         queue = self._queues.get(partition)
         if queue is None:
             return None
-        if queue.out:
-            return queue.out.messages[0]
+        first = queue.out or queue.rest
+        if first is not None and first.messages:
+            return first.messages[0]
         return queue.chunks[0].messages[0] if queue.chunks else None
 
     def _due(self, queue: _Queue, now: float, *, pressure: bool) -> FlushReason | None:
+        if queue.rest is not None:
+            return queue.rest.reason
         if queue.messages >= self._bounds.max_messages:
             return "messages"
         if queue.size >= self._bounds.max_bytes:
@@ -199,6 +265,33 @@ class Accumulator:
         if now - queue.chunks[0].arrived >= self._bounds.max_age:
             return "age"
         return queue.hurry or ("pressure" if pressure else None)
+
+    def _take_tails(self, now: float) -> list[Batch]:
+        """Return batches without messages, for the partitions whose log ends so."""
+        batches = []
+        for partition, queue in self._queues.items():
+            if queue.tail is not None and queue.out is None:
+                (start, end), queue.tail = queue.tail, None
+                queue.out = Batch(
+                    partition=partition,
+                    first_offset=start,
+                    next_offset=end,
+                    messages=[],
+                    size=0,
+                    reason="tail",
+                    gathered_since=now,
+                )
+                batches.append(queue.out)
+        return batches
+
+    def _next(self, partition: TopicPartition, queue: _Queue, reason: FlushReason) -> Batch:
+        """Return what was cut off the last batch, or cut the next one."""
+        if queue.rest is None:
+            return self._cut(partition, queue, reason)
+        rest, queue.rest = queue.rest, None
+        queue.messages -= len(rest.messages)
+        queue.size -= rest.size
+        return rest
 
     def _cut(self, partition: TopicPartition, queue: _Queue, reason: FlushReason) -> Batch:
         """Cut one batch within the bounds from a queue's front; at least one message, however large."""
@@ -226,7 +319,15 @@ class Accumulator:
             break
         queue.messages -= len(messages)
         queue.size -= size
-        return Batch(partition=partition, messages=messages, size=size, reason=reason, gathered_since=since)
+        return Batch(
+            partition=partition,
+            first_offset=messages[0].offset(),
+            next_offset=messages[-1].offset() + 1,
+            messages=messages,
+            size=size,
+            reason=reason,
+            gathered_since=since,
+        )
 
     @staticmethod
     def _fitting(chunk: _Chunk, messages: int, size: int) -> int:

@@ -14,20 +14,21 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from consumerd.brokers import Found, gap
-from consumerd.checkpoint import Committed, Decision, Lease, Stamp, Stored, decide, decode_stamp
+from consumerd.checkpoint import Lease
 from consumerd.commits import Commit
+from consumerd.decide import Committed, Decision, Stamp, Stored, decide, decide_by_kafka, decode_stamp
 from consumerd.errors import Outage
+from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from psycopg import AsyncConnection
 
-    from consumerd.checkpoint import Checkpoints
+    from consumerd.checkpoint import Checkpoints, KafkaCheckpoints
     from consumerd.config import HandlerConfig, KafkaConfig
     from consumerd.kafka import ConsumerThread
     from consumerd.topics import Topic
-    from consumerd.types import TopicPartition
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ class Assignment:
         *,
         topics: Mapping[str, Topic],
         store: str,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | KafkaCheckpoints,
         thread: ConsumerThread,
+        on_commit: Callable[[], None],
     ) -> None:
         self._kafka = kafka
         self._handler = handler
@@ -60,6 +62,8 @@ class Assignment:
         self._store = store
         self._checkpoints = checkpoints
         self._thread = thread
+        self._on_commit = on_commit
+        self._promised: dict[TopicPartition, asyncio.Future[None]] = {}
         self._to_claim: asyncio.Queue[TopicPartition] = asyncio.Queue()
         self._claiming = asyncio.Lock()
         self.assigned: set[TopicPartition] = set()
@@ -80,6 +84,7 @@ class Assignment:
     def release(self, partition: TopicPartition) -> None:
         """Give a lease up: what is in flight of it no longer counts."""
         self.leases.pop(partition, None)
+        self._promised.pop(partition, None)
         self._delivered.discard(partition)
 
     async def next_to_claim(self) -> list[TopicPartition]:
@@ -120,18 +125,28 @@ class Assignment:
         await self._thread.start_at({partition: lease.next_offset for partition, lease in leases.items()})
         self._delivered.update(p for p, lease in leases.items() if self.leases.get(p) is lease)
 
-    def claim_later(self, partition: TopicPartition) -> None:
-        """Claim a partition again in a while, if it is assigned then."""
+    def claim_later(self, partition: TopicPartition, after: float = RECLAIM_AFTER) -> None:
+        """Claim a partition again in some seconds, if it is assigned then."""
 
         def again() -> None:
             if partition in self.assigned:
                 self._to_claim.put_nowait(partition)
 
-        asyncio.get_running_loop().call_later(RECLAIM_AFTER, again)
+        asyncio.get_running_loop().call_later(after, again)
 
-    def commit(self, commits: Iterable[Commit]) -> None:
-        """Have offsets committed to Kafka in a while."""
-        self._thread.commits.leave(commits)
+    def commit(self, commits: Sequence[Commit]) -> None:
+        """Have offsets committed to Kafka in a while; where they are the checkpoint, at once."""
+        if self._checkpoints.mode == "postgres":
+            self._thread.commits.leave(commits)
+            return
+        for commit, promise in zip(commits, self._thread.commits.promise(commits), strict=True):
+            self._promised[commit.partition] = promise
+            promise.add_done_callback(lambda _: self._on_commit())
+
+    def committed(self, partition: TopicPartition) -> bool:
+        """Whether Kafka has acknowledged all that it must before more may be written."""
+        promise = self._promised.get(partition)
+        return promise is None or promise.done()
 
     def commit_of(self, partition: TopicPartition, offset: int, leader_epoch: int | None) -> Commit:
         """Return the commit to Kafka of a checkpoint, stamped."""
@@ -140,6 +155,7 @@ class Assignment:
             group=self._handler.group_id,
             topic_id=self._topic_id(partition),
             offset=offset,
+            mode=self._checkpoints.mode,
         )
         return Commit(partition=partition, offset=offset, leader_epoch=leader_epoch, metadata=stamp.encode())
 
@@ -148,15 +164,7 @@ class Assignment:
     ) -> Lease | None:
         """Settle where a claimed partition goes on; None when it is no longer ours."""
         topic_id = self._topic_id(partition)
-        decision = decide(
-            partition,
-            stored,
-            Committed(offset=found.committed, stamp=decode_stamp(found.metadata)),
-            store=self._store,
-            group=self._handler.group_id,
-            topic_id=topic_id,
-            target=self._checkpoints.target,
-        )
+        decision = self._decide(partition, stored, Committed(found.committed, decode_stamp(found.metadata)))
         if decision.note:
             log.warning(decision.note, extra={"handler": self._handler.name, "partition": str(partition)})
         offset = decision.offset
@@ -179,26 +187,46 @@ class Assignment:
             conn, partition, stored.epoch, offset, topic_id
         ):
             return None
-        if decision.kind == "adopt":
+        if decision.kind == "adopt" or (decision.kind == "start" and self._checkpoints.mode == "kafka"):
             await self._acknowledge(partition, offset)
         elif found.committed != offset:  # a crash came between COMMIT and the commit to Kafka: lag tools wait for it
             self.commit([self.commit_of(partition, offset, None)])
-        return Lease(epoch=stored.epoch, next_offset=offset, max_offset=max(stored.max_offset or 0, offset))
+        return Lease(
+            epoch=stored.epoch,
+            next_offset=offset,
+            max_offset=max(stored.max_offset or 0, offset),
+            leader_epoch=stored.leader_epoch if decision.kind == "resume" else None,
+        )
+
+    def _decide(self, partition: TopicPartition, stored: Stored, committed: Committed) -> Decision:
+        group, topic_id = self._handler.group_id, self._topic_id(partition)
+        if self._checkpoints.mode == "kafka":
+            bootstrap = self._kafka.bootstrap_servers
+            return decide_by_kafka(partition, committed, group=group, topic_id=topic_id, bootstrap=bootstrap)
+        target = self._checkpoints.target
+        return decide(partition, stored, committed, store=self._store, group=group, topic_id=topic_id, target=target)
 
     async def _beginning(self, partition: TopicPartition, decision: Decision, found: Found) -> int:
         """Return where a partition without a checkpoint begins."""
         start = self._handler.start
-        if decision.late or start == "earliest":
+        if decision.late or start == "earliest" or await self._is_late(partition):
             return found.low
         if isinstance(start, datetime):
             return await self._thread.offset_at(partition, int(start.timestamp() * 1000))
         return found.high
 
+    async def _is_late(self, partition: TopicPartition) -> bool:
+        """Whether the group has read the topic before, though this partition never; checkpoints know it themselves."""
+        if self._checkpoints.mode == "postgres":
+            return False
+        others = [TopicPartition(partition.topic, n) for n in range(self._counts([partition])[partition.topic])]
+        return any(found.committed is not None for found in (await self._thread.found(others)).values())
+
     async def _acknowledge(self, partition: TopicPartition, offset: int) -> None:
         """Stamp an adopted offset in Kafka, and wait for that: a crash must not adopt the same reset twice."""
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):
-                await self._thread.commits.acknowledged([self.commit_of(partition, offset, None)])
+                await asyncio.gather(*self._thread.commits.promise([self.commit_of(partition, offset, None)]))
         except TimeoutError:
             raise Outage("kafka", f"no acknowledgement for the commit of {partition}") from None
 

@@ -26,6 +26,16 @@ class Breaker:
         self._messages = 0
         self._refused = 0
 
+    def lacks(self, batch: Batch) -> int:
+        """Return how many messages of a batch that was judged it takes, beside the others seen, to judge."""
+        return max(0, self._config.min_messages - self._messages + len(batch.messages))
+
+    def take_back(self, rest: Batch, now: float) -> None:
+        """Count what was cut off a batch that was judged as not seen yet: it is judged as a batch of its own."""
+        if rest.judged is not None:
+            self._count(now, -len(rest.messages), -rest.judged)
+            rest.judged = None
+
     def judge(self, batch: Batch, now: float) -> None:
         """Count a batch, or what was refused of it since it was judged last; raises Halt over the limit."""
         messages = 0 if batch.judged is not None else len(batch.messages)
@@ -33,9 +43,7 @@ class Breaker:
         batch.judged = len(batch.refused)
         if not messages and not refused:
             return
-        self._seen.append((now, messages, refused))
-        self._messages += messages
-        self._refused += refused
+        self._count(now, messages, refused)
         while self._seen and self._seen[0][0] < now - self._config.window:
             _, messages, refused = self._seen[0]
             if self._messages - messages < self._config.min_messages:
@@ -50,6 +58,11 @@ class Breaker:
                 f"{self._config.max_ratio:.1%} ({self._of(batch)}); mend the handler or the producer, or raise "
                 f"`poison.max_ratio`, then restart",
             )
+
+    def _count(self, now: float, messages: int, refused: int) -> None:
+        self._seen.append((now, messages, refused))
+        self._messages += messages
+        self._refused += refused
 
     @staticmethod
     def _of(batch: Batch) -> str:

@@ -44,7 +44,13 @@ def client_config(kafka: KafkaConfig) -> dict[str, Any]:
         }
     except ConfigError as error:
         raise Outage("kafka", str(error)) from error
-    return {"bootstrap.servers": kafka.bootstrap_servers, "log_level": 2, **properties}
+    return {
+        "bootstrap.servers": kafka.bootstrap_servers,
+        "log_level": 2,
+        # A broker that is back is noticed at once; librdkafka's own pause grows to ten seconds.
+        "reconnect.backoff.max.ms": 1000,
+        **properties,
+    }
 
 
 def consumer_config(kafka: KafkaConfig, group_id: str, memory: int, partitions: int) -> dict[str, Any]:

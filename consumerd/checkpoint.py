@@ -9,12 +9,12 @@ set by an operator, and wins (`decide`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, LiteralString, cast
+from typing import TYPE_CHECKING, Any, LiteralString, cast
 
-import msgspec
 from psycopg import sql
 
 from consumerd import postgres
+from consumerd.decide import Mode, Stored
 from consumerd.errors import Halt, TableChanged
 from consumerd.postgres import call
 from consumerd.types import TopicPartition
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
     from psycopg import AsyncConnection
-
-LOG_START = -2
-"""`next_offset` of a partition that appeared after its group had first seen the topic: it begins at its log's start,
-whatever `start` says (with `latest`, a new partition's first messages were lost: seen). Kafka's own logical offset."""
-
-MODE = "postgres"
-STAMP_VERSION = 1
 
 SCHEMA = """\
 CREATE SCHEMA IF NOT EXISTS {schema};
@@ -54,6 +47,9 @@ CREATE TABLE IF NOT EXISTS {schema}.checkpoint (
 ) WITH (fillfactor = 50);
 """
 """What `consumerd setup` makes. Half-filled pages keep the checkpoint's updates within their page (HOT)."""
+
+CLAIM_TIMEOUT = "SET lock_timeout = '10s'"
+"""Longer than it takes to end the transaction of a member that was stopped in it (`consumerd.watch`)."""
 
 _THERE = """\
 SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -82,7 +78,7 @@ WITH locked AS (
 )
 UPDATE {schema}.checkpoint c SET epoch = c.epoch + 1, seen_at = now()
 FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
-RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target"""
+RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch"""
 
 _OTHER_GROUP = """\
 SELECT c.group_id FROM {schema}.checkpoint c
@@ -118,50 +114,6 @@ WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
 
-class Stamp(msgspec.Struct, frozen=True, kw_only=True, rename={"version": "v"}):
-    """The metadata of our Kafka commits."""
-
-    version: int = STAMP_VERSION
-    mode: str = MODE
-    store: str
-    group: str
-    topic_id: str | None
-    offset: int
-
-    def encode(self) -> str:
-        """Return the stamp as metadata."""
-        return msgspec.json.encode(self).decode()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """A claimed checkpoint (C). `next_offset` None: the group has never been here."""
-
-    epoch: int
-    next_offset: int | None
-    max_offset: int | None
-    topic_id: str | None
-    target: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """What Kafka has (K). `stamp` None: somebody else set the offset."""
-
-    offset: int | None
-    stamp: Stamp | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """Where a partition goes on; start: by the configured `start`, or at its log's start when `late`."""
-
-    kind: Literal["start", "resume", "adopt"]
-    offset: int | None = None
-    late: bool = False
-    note: str | None = None
-
-
 @dataclass(slots=True, kw_only=True)
 class Lease:
     """A claimed partition: what its next compare-and-set expects."""
@@ -169,6 +121,7 @@ class Lease:
     epoch: int
     next_offset: int
     max_offset: int
+    leader_epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,74 +132,6 @@ class Move:
     lease: Lease
     new: int
     leader_epoch: int | None
-
-
-def decode_stamp(metadata: str | None) -> Stamp | None:
-    """Return the stamp in a committed offset's metadata, if it is ours."""
-    try:
-        return msgspec.json.decode(metadata or "", type=Stamp)
-    except (msgspec.DecodeError, RecursionError):
-        return None
-
-
-def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that it is
-    partition: TopicPartition,
-    stored: Stored,
-    committed: Committed,
-    *,
-    store: str,
-    group: str,
-    topic_id: str | None,
-    target: str,
-) -> Decision:
-    """Settle who wins at an assignment, the checkpoint (C) or Kafka's committed offset (K); raises Halt.
-
-    An offset that Kafka lost (expired, or its group deleted) never resets anything; one without our stamp, or with a
-    stamp for another offset, was set by an operator and becomes the checkpoint.
-    """
-    stamp, offset = committed.stamp, committed.offset
-    if stored.target != target:
-        raise Halt(
-            "checkpoint",
-            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` "
-            f"to a new name to start over, or `table.name` back",
-        )
-    if stamp is not None and (stamp.store != store or stamp.group != group):
-        raise Halt(
-            "checkpoint",
-            f"group {group} commits {partition} for another database (store {stamp.store}, group {stamp.group}; this "
-            f"one is store {store}): point `postgres.dsn` back at it, or set `group_id` to a new name",
-        )
-    if stored.topic_id and topic_id and stored.topic_id != topic_id:
-        raise Halt(
-            "topic",
-            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the checkpoint "
-            f"{stored.next_offset} of {partition}; set `group_id` to a new name to read the new topic",
-        )
-    if stored.next_offset is None or stored.next_offset < 0:
-        late = stored.next_offset == LOG_START
-        if offset is None:
-            return Decision(kind="start", late=late)
-        if stamp is None or stamp.mode != MODE:
-            return Decision(kind="adopt", offset=offset, note=f"adopts the offset {offset} committed in Kafka")
-        raise Halt(
-            "checkpoint",
-            f"group {group} committed {partition} up to {offset} from a checkpoint that this database does not "
-            f"have: it was restored or emptied; restore {target} and its checkpoint together, or set `group_id` to a "
-            f"new name",
-        )
-    here = stored.next_offset
-    if offset is None:
-        return Decision(kind="resume", offset=here, note="Kafka has no committed offset: the checkpoint stands")
-    if stamp is None or stamp.offset != offset:
-        if here == offset:
-            return Decision(kind="adopt", offset=offset)
-        what = f"skips {here}..{offset - 1}" if offset > here else f"repeats {offset}..{here - 1}"
-        return Decision(kind="adopt", offset=offset, note=f"an operator set the offset to {offset}: {what}")
-    if offset > here:
-        note = f"Postgres went back: {here}..{offset - 1} had been written and is written again"
-        return Decision(kind="resume", offset=here, note=note)
-    return Decision(kind="resume", offset=here)
 
 
 GRANTS = """\
@@ -282,6 +167,8 @@ async def ensure_schema(conn: AsyncConnection[Any], schema: str) -> None:
 
 class Checkpoints:
     """The checkpoints of one group, in the schema of the daemon."""
+
+    mode: Mode = "postgres"
 
     def __init__(self, schema: str, group: str, target: str) -> None:
         self.group = group
@@ -322,13 +209,19 @@ class Checkpoints:
             "group": self.group,
             "target": self.target,
         }
+        await call(conn, CLAIM_TIMEOUT)
         await call(conn, self._sql(_APPEAR), values)
         rows = await call(conn, self._sql(_CLAIM), self._keys(partitions))
         return {
             TopicPartition(topic, number): Stored(
-                epoch=epoch, next_offset=next_offset, max_offset=max_offset, topic_id=topic_id, target=target
+                epoch=epoch,
+                next_offset=next_offset,
+                max_offset=max_offset,
+                topic_id=topic_id,
+                target=target,
+                leader_epoch=leader_epoch,
             )
-            for topic, number, topic_id, next_offset, max_offset, epoch, target in rows
+            for topic, number, topic_id, next_offset, max_offset, epoch, target, leader_epoch in rows
         }
 
     async def place(
@@ -381,3 +274,55 @@ class Checkpoints:
 
     def _sql(self, text: LiteralString) -> sql.Composed:
         return sql.SQL(text).format(schema=self._schema)
+
+
+class KafkaCheckpoints:
+    """No checkpoints in Postgres (`checkpoint = "kafka"`): Kafka's committed offset is the checkpoint, at least once.
+
+    Nothing fences a zombie. A partition's next batch is not written before the commit of the last one is acknowledged,
+    so that a crash repeats one batch of it at most.
+    """
+
+    mode: Mode = "kafka"
+
+    def __init__(self, group: str, target: str) -> None:
+        self.group = group
+        self.target = target
+
+    async def store(self, conn: AsyncConnection[Any]) -> str:  # noqa: ARG002 - as Checkpoints
+        """Return nothing: no database is bound to the offsets."""
+        return ""
+
+    async def claim(
+        self,
+        conn: AsyncConnection[Any],  # noqa: ARG002
+        partitions: Sequence[TopicPartition],
+        counts: Mapping[str, int],  # noqa: ARG002
+        matched: Container[str],  # noqa: ARG002
+    ) -> dict[TopicPartition, Stored]:
+        """Return partitions as never seen before: the offset in Kafka decides."""
+        nowhere = Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=self.target)
+        return dict.fromkeys(partitions, nowhere)
+
+    async def place(
+        self,
+        conn: AsyncConnection[Any],  # noqa: ARG002
+        partition: TopicPartition,  # noqa: ARG002
+        epoch: int,  # noqa: ARG002
+        offset: int,  # noqa: ARG002
+        topic_id: str | None,  # noqa: ARG002
+    ) -> bool:
+        """Store nothing."""
+        return True
+
+    async def read(
+        self,
+        conn: AsyncConnection[Any],  # noqa: ARG002
+        partitions: Sequence[TopicPartition],  # noqa: ARG002
+    ) -> dict[TopicPartition, tuple[int, int | None]]:
+        """Return nothing: there is nothing to compare with."""
+        return {}
+
+    async def advance(self, conn: AsyncConnection[Any], moves: Sequence[Move]) -> set[TopicPartition]:  # noqa: ARG002
+        """Move nothing, and find everything where it was expected."""
+        return {move.partition for move in moves}

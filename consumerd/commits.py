@@ -58,15 +58,15 @@ class Commits:
         with self._lock:
             self._waiting.update({commit.partition: commit for commit in commits})
 
-    async def acknowledged(self, commits: Sequence[Commit]) -> None:
-        """Commit offsets now and wait until the broker has acknowledged each; the caller sets the deadline."""
+    def promise(self, commits: Sequence[Commit]) -> list[asyncio.Future[None]]:
+        """Commit offsets now; each future is done when the broker has acknowledged its commit. Called on the loop."""
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[None]] = [loop.create_future() for _ in commits]
         with self._lock:
             self._waiting.update({commit.partition: commit for commit in commits})
             self._awaited += zip(commits, futures, strict=True)
             self._urgent = True
-        await asyncio.gather(*futures)
+        return futures
 
     def send(self, consumer: ck.Consumer, owned: Collection[TopicPartition], now: float, *, at_once: bool) -> None:
         """Send what is due. Offsets of partitions that are not owned are dropped: a broker would take them."""
@@ -76,6 +76,7 @@ class Commits:
             if not self._waiting or (now < self._next and not self._urgent and not at_once):
                 return
             commits, self._waiting, self._urgent = self._waiting, {}, False
+            self._awaited = [entry for entry in self._awaited if entry[0].partition in owned]
         commits = {partition: commit for partition, commit in commits.items() if partition in owned}
         if commits:
             offsets = [

@@ -294,7 +294,7 @@ class RetryConfig(_Section):
     """The waits between tries of an outage, in seconds: from `initial`, growing up to `max`."""
 
     initial: Duration = 0.1
-    max: Duration = 30.0
+    max: Duration = 2.0
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
@@ -338,7 +338,7 @@ class HandlerConfig(_Section):
     group_id: Text
     start: Annotated[Literal["earliest", "latest"] | datetime, PlainValidator(_start)] = "earliest"
     format: Literal["json"] = "json"
-    checkpoint: Literal["postgres"] = "postgres"
+    checkpoint: Literal["postgres", "kafka"] = "postgres"
     max_connections: Annotated[int, _between(1, 64)] = 4
     table: TableConfig
     columns: (
@@ -361,6 +361,15 @@ class HandlerConfig(_Section):
         if isinstance(letters, dict):
             letters = {"topic": f"{group_id}.dlq", **letters}
         return {**data, "group_id": group_id, "dead_letter": letters}
+
+    @field_validator("table")
+    @classmethod
+    def _upsert_needs_its_order(cls, table: TableConfig, info: ValidationInfo) -> TableConfig:
+        if table.write == "upsert" and info.data.get("checkpoint") == "kafka":
+            raise ValueError(
+                'upsert goes with checkpoint = "postgres" alone: at least once, a late repeat would undo newer rows'
+            )
+        return table
 
     @field_validator("columns")
     @classmethod

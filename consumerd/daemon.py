@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 GC_ALLOCATIONS = 100_000
 """Objects made between two looks for cyclic garbage, of which the path makes none. At the default of 700 a batch of
 20,000 rows was looked through again and again: a third of the time to decode it, half of that to pack it."""
+
+BASE_THREADS, THREADS_PER_HANDLER = 8, 3
+"""For blocking calls to Kafka: one handler's letters, which may wait for long, take no thread from another's."""
 
 EXIT_OK = 0
 EXIT_NOT_DRAINED = 75
@@ -53,6 +57,8 @@ class Daemon:
         daemon = self._config.daemon
         http = HttpServer(daemon.listen_host, daemon.listen_port, self.status)
         log.info("started", extra={"version": __version__, "listen": http.address, "handlers": len(self._members)})
+        threads = ThreadPoolExecutor(BASE_THREADS + THREADS_PER_HANDLER * len(self._members), "blocking")
+        asyncio.get_running_loop().set_default_executor(threads)
         tasks = [asyncio.create_task(m.run(), name=m.handler.name) for m in self._members]
         heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
         gc.freeze()

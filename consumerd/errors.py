@@ -74,6 +74,10 @@ class Outage(ConsumerdError):
         self.source: Source = source
 
 
+class Cancelled(Outage):
+    """Postgres cancelled the statement, for its time above all: again, with fewer rows."""
+
+
 class Fenced(ConsumerdError):
     """The checkpoint is not where this write expected it: drop the batch, read the checkpoint again."""
 

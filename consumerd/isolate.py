@@ -3,8 +3,14 @@
 Rows are tried in offset order, each piece on top of those accepted before it, so rows that are valid only together
 stay together. COPY's error context names the row: the rows before it, the row alone, and what follows are tried again,
 the rest in halves, so that many bad rows do not send the whole rest again for each. Where no row is named (an upsert's
-merge, a deferred constraint) the piece is halved. Runs inside a transaction that holds the checkpoint and that the
-caller rolls back: nothing found here counts unless the checkpoint stood where it was expected.
+merge, a deferred constraint) the piece is halved. A row whose foreign key refers to nothing is tried once more on top
+of all the others: what it refers to may come after it in the batch.
+
+The search has a budget. When it is spent, the rows before the first piece that is left are settled: any prefix of a
+batch is a batch, and the caller goes on with that one.
+
+Runs inside a transaction that holds the checkpoint and that the caller rolls back: nothing found here counts unless the
+checkpoint stood where it was expected.
 """
 
 from __future__ import annotations
@@ -18,24 +24,43 @@ from consumerd.errors import Refusal, Rejected
 from consumerd.postgres import translate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from psycopg import AsyncConnection
 
     from consumerd.sinks.base import Sink
 
+BUDGET_TRIES = 1_000
+"""Pieces tried in one search: about a second on a quiet server."""
+BUDGET_SECONDS = 5.0
+"""Seconds of one search: it holds the checkpoint's lock, and a stop waits for it."""
+ORPHAN = "23503"
+"""foreign_key_violation"""
+
 
 async def isolate(
-    conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]], named: int | None = None
-) -> dict[int, Refusal]:
-    """Return why each refused row is refused, by its position; raises Outage or Halt for any other trouble.
+    conn: AsyncConnection[Any],
+    sink: Sink,
+    rows: Sequence[tuple[Any, ...]],
+    named: int | None = None,
+    *,
+    at_least: int = 0,
+    now: Callable[[], float] = lambda: 0.0,
+) -> tuple[dict[int, Refusal], int]:
+    """Return why each refused row is refused, by its position, and how many rows are settled, from the first on.
 
     `named` is the row that the failed write's error named, if it did: what comes before it is not tried with it again.
+    The budget does not end the search before `at_least` rows are settled, and never before the first. Raises Outage or
+    Halt for any other trouble.
     """
     refused: dict[int, Refusal] = {}
     pieces = [(0, len(rows))] if named is None else _pieces(0, len(rows), named)
+    tries, until = BUDGET_TRIES, now() + BUDGET_SECONDS
     while pieces:
         start, end = pieces.pop()
+        if start > at_least and (tries <= 0 or now() > until):
+            return refused, start
+        tries -= 1
         rejected = await _try(conn, sink, rows[start:end], start)
         if rejected is None:
             continue
@@ -43,7 +68,10 @@ async def isolate(
             refused[start] = rejected.refusal
             continue
         pieces += _pieces(start, end, rejected.row)
-    return refused
+    for position in sorted((p for p, refusal in refused.items() if refusal.sqlstate == ORPHAN), reverse=True):
+        if await _try(conn, sink, rows[position : position + 1], position) is None:
+            del refused[position]
+    return refused, len(rows)
 
 
 def _pieces(start: int, end: int, row: int | None) -> list[tuple[int, int]]:

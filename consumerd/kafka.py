@@ -102,6 +102,9 @@ class Listener(Protocol):
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
         """Take note of high watermarks."""
 
+    def positions(self, positions: dict[TopicPartition, int]) -> None:
+        """Take note of positions: what lies below one was told of before, or holds no message."""
+
     def reachable(self, sentence: str | None) -> None:
         """Take note that no broker answers, or, with None, that one does again."""
 
@@ -412,6 +415,8 @@ class ConsumerThread(threading.Thread):
             if bounds[1] >= 0:
                 high[partition] = bounds[1]
         self._tell(self._listener.watermarks, high)
+        at = consumer.position(brokers.positions(self._live)) if self._live else []
+        self._tell(self._listener.positions, {TopicPartition(p.topic, p.partition): p.offset for p in at})
 
     def _confirm_unknown(self, consumer: ck.Consumer, now: float) -> None:
         """Halt for a topic that is gone for a while; a broker that starts may not know its topics yet."""

@@ -41,7 +41,6 @@ UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
         *(((key,), ANY) for key in ("key_format", "transform", "decode")),
         *((("table", key), ANY) for key in ("update", "version", "tombstones", "tombstone_key")),
         (("table", "write"), "skip-existing"),
-        (("checkpoint",), "kafka"),
         (("poison", "action"), ANY),
         (("poison", "error_text"), ANY),
         (("columns", ANY), "@*"),

@@ -24,7 +24,7 @@ from consumerd.accumulator import Accumulator, Bounds
 from consumerd.assignment import Assignment
 from consumerd.breaker import Breaker
 from consumerd.brokers import consumer_config
-from consumerd.checkpoint import Checkpoints, Lease, ensure_schema
+from consumerd.checkpoint import Checkpoints, KafkaCheckpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
 from consumerd.encode import Encoder, Mapping
 from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, TableChanged
@@ -33,6 +33,7 @@ from consumerd.progress import Progress
 from consumerd.sinks.append import Append
 from consumerd.sinks.upsert import Upsert
 from consumerd.topics import Topics
+from consumerd.watch import Watch
 from consumerd.writer import Writer
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEMBER, CONSUMER, GROUP = "member", "consumer", "group"
+MEMBER, CONSUMER, GROUP, WATCH, COMPARE = "member", "consumer", "group", "watch", "compare"
 """Who meets outages, beside the writers."""
 JOIN_VISIBLE_AFTER = 5.0
 """Seconds after which a handler that is not in its group yet says so."""
@@ -62,6 +63,12 @@ PRESSURE = 0.8
 """Share of the buffer from which on everything gathered is written at once."""
 FLUSH_SHARE = 0.5
 """Share of a revoke's deadline in which gathered messages are still begun to be written."""
+COMPARE_INTERVAL = 60.0
+"""Seconds between two comparisons of the checkpoints with where this member is; one follows each lost connection."""
+TAIL_INTERVAL = 30.0
+"""Seconds between two moves of a checkpoint over offsets that hold no message."""
+CANCELLED_ALONE = 30
+"""Times that Postgres may cancel the write of one message alone, before that is a halt."""
 TIMER_SLACK = 0.001
 """Seconds by which the timer for a batch's age is late rather than early."""
 PRIVILEGES = {"append": ("INSERT",), "upsert": ("INSERT", "UPDATE", "SELECT")}
@@ -78,7 +85,12 @@ class Member:
         self.letters = DeadLetters(config.kafka, handler)
         self.mapping: Mapping
         self._loading = asyncio.Lock()
-        self.checkpoints: Checkpoints
+        self.checkpoints: Checkpoints | KafkaCheckpoints
+        self.watch = Watch(self._connect, handler.name)
+        self.limit = handler.batch.max_messages
+        """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
+        self._tails: dict[TopicPartition, float] = {}
+        self._lost_connection = asyncio.Event()
         self.bound = int(memory * (1 - LIBRDKAFKA_SHARE))
         self._queue_memory = memory - self.bound
         self._enough = BATCHES_PER_CONNECTION * handler.max_connections * handler.batch.max_messages
@@ -108,6 +120,11 @@ class Member:
                 tasks.create_task(self._claim_forever(), name=f"{name}: claim")
                 tasks.create_task(self._fail(), name=f"{name}: failure")
                 tasks.create_task(self._topics.watch(self._found), name=f"{name}: topics")
+                tasks.create_task(self._compare_forever(), name=f"{name}: compare")
+                tasks.create_task(
+                    self.watch.run(partial(self._on_error, WATCH), partial(self.recovered, WATCH)),
+                    name=f"{name}: watch",
+                )
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
@@ -139,10 +156,13 @@ class Member:
         await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
-            await ensure_schema(conn, self.config.postgres.schema_name)
             await self._load_table(conn)
-            target = self.mapping.table.identifier
-            self.checkpoints = Checkpoints(self.config.postgres.schema_name, self.handler.group_id, target)
+            group, target = self.handler.group_id, self.mapping.table.identifier
+            if self.handler.checkpoint == "kafka":
+                self.checkpoints = KafkaCheckpoints(group, target)
+            else:
+                await ensure_schema(conn, self.config.postgres.schema_name)
+                self.checkpoints = Checkpoints(self.config.postgres.schema_name, group, target)
             store = await self.checkpoints.store(conn)
         finally:
             await conn.close()
@@ -157,6 +177,7 @@ class Member:
             store=store,
             checkpoints=self.checkpoints,
             thread=self._thread,
+            on_commit=self._settled.set,
         )
         self._thread.start()
         self.recovered(MEMBER)
@@ -224,8 +245,47 @@ class Member:
             if self._assignment.leases.get(batch.partition) is lease:
                 commits.append(self._assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
             self.progress.written(batch, seconds)
+            if batch.leader_epoch is not None:
+                lease.leader_epoch = batch.leader_epoch
         self._assignment.commit(commits)
         self._settled.set()
+        if self.limit < (most := self.handler.batch.max_messages):
+            self.limit = min(most, self.limit + self.limit // 4 + 1)
+
+    def cancelled(self, work: Work) -> None:
+        """Write less at once, for Postgres cancelled a write; raises Halt when it was one message, again and again."""
+        messages = sum(len(batch.messages) for batch, _ in work)
+        if not messages:
+            return
+        self.limit = max(1, min(self.limit, messages // 2))
+        if messages == 1:
+            ((batch, _),) = (entry for entry in work if entry[0].messages)
+            batch.cancelled += 1
+            if batch.cancelled >= CANCELLED_ALONE:
+                raise Halt(
+                    "database",
+                    "Postgres cancels the write of a single message again and again: raise statement_timeout, or mend "
+                    "the trigger or the lock that it waits for",
+                )
+
+    def split(self, batch: Batch, count: int) -> None:
+        """Keep the first messages of a batch that is being written; the others are written next, and judged then."""
+        self.breaker.take_back(self._batches.split(batch, count), time.monotonic())
+
+    def committed(self, work: Work) -> bool:
+        """Whether Kafka has acknowledged what must be before these may be written."""
+        return all(self._assignment.committed(batch.partition) for batch, _ in work)
+
+    async def wait_for_commits(self, work: Work) -> None:
+        """Wait until `committed`, or until some of these are not held any more."""
+        held = len(work)
+        await self._wait(
+            lambda: self.committed(work) or sum(self.holds(batch, lease) for batch, lease in work) < held, None
+        )
+
+    async def confirm_topics(self) -> None:
+        """Make sure that what was read came of the topics that the offsets belong to; raises Halt."""
+        await self._topics.confirm(self._found)
 
     def isolated(self, batch: Batch, refused: dict[int, Refusal]) -> None:
         """Take note of rows that Postgres refused."""
@@ -251,22 +311,65 @@ class Member:
             self.written([(batch, lease)], 0.0)
             return
         metrics.fenced_writes.labels(self.handler.name).inc()
+        await self._return_to(partition, lease, epoch, offset)
+
+    async def _return_to(self, partition: TopicPartition, lease: Lease, epoch: int | None, offset: int | None) -> None:
+        """Go on where the checkpoint is, which is not where this member took it to be."""
         self._release([partition])
         extra = {"handler": self.handler.name, "partition": str(partition)}
         if epoch == lease.epoch and offset is not None:
-            log.warning("the checkpoint went from %s to %s: reading again", lease.next_offset, offset, extra=extra)
+            log.warning(
+                "Postgres went back: the checkpoint is at %s, and had been at %s; what lies between is written again",
+                offset,
+                lease.next_offset,
+                extra=extra,
+            )
             again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
             try:
                 await self._assignment.deliver({partition: again})
             except Outage:
                 self._release([partition])
                 self._assignment.claim_later(partition)
+        elif epoch is None or epoch < lease.epoch:
+            log.warning("Postgres went back to before this member's claim: claiming again", extra=extra)
+            self._assignment.claim_later(partition, 0.0)
         else:
             log.warning("fenced: another member claimed the partition", extra=extra)
             self._assignment.claim_later(partition)
 
-    async def connect(self) -> AsyncConnection[Any]:
-        """Open a connection of this handler."""
+    async def _compare_forever(self) -> None:
+        """Compare the checkpoints with where this member is, now and then: Postgres may go back while it is idle."""
+        while self.checkpoints.mode == "postgres":
+            with suppress(TimeoutError):
+                async with asyncio.timeout(COMPARE_INTERVAL):
+                    await self._lost_connection.wait()
+            self._lost_connection.clear()
+            await self.retry(COMPARE, self._compare)
+            self.recovered(COMPARE)
+
+    async def _compare(self) -> None:
+        leases = self._assignment.leases
+        before = [(partition, lease, lease.next_offset) for partition, lease in leases.items()]
+        if not before:
+            return
+        conn = await self.connect()
+        try:
+            stored = await self.checkpoints.read(conn, [partition for partition, _, _ in before])
+        finally:
+            await conn.close()
+        for partition, lease, offset in before:
+            still = leases.get(partition) is lease and lease.next_offset == offset
+            epoch, there = stored.get(partition, (None, None))
+            if still and (epoch, there) != (lease.epoch, offset) and not self._batches.is_out(partition):
+                await self._return_to(partition, lease, epoch, there)
+
+    async def connect(self, *, claims: bool = False) -> AsyncConnection[Any]:
+        """Open a connection of this handler, and watch over it."""
+        conn = await self._connect()
+        self.watch.add(conn, claims=claims)
+        return conn
+
+    async def _connect(self) -> AsyncConnection[Any]:
         return await postgres.connect(self.config.postgres, f"consumerd/{self.handler.name}")
 
     async def load_table(self, used: Mapping, changed: TableChanged) -> None:
@@ -309,7 +412,14 @@ class Member:
         """Show an outage that somebody met, before the wait for the next try."""
         error = cast("Outage", state.outcome.exception() if state.outcome else None)
         metrics.retries.labels(self.handler.name, error.source).inc()
-        self.progress.outage(error.source, str(error), who)
+        self._on_error(who, error)
+        if error.source == "postgres" and who != COMPARE:
+            self._lost_connection.set()
+
+    def _on_error(self, who: str, error: ConsumerdError) -> None:
+        """Show an outage; one that only looks on does not end for any other error."""
+        if isinstance(error, Outage):
+            self.progress.outage(error.source, str(error), who)
 
     def recovered(self, who: str, *sources: Source) -> None:
         """Take back outages that somebody met, all of them when no source is named."""
@@ -341,6 +451,7 @@ class Member:
                 messages = [message for message in messages if message.offset() >= position]
                 size = sum(map(len, messages))
             if messages:
+                self._check_leader(chunk.partition, messages[0])
                 self._positions[chunk.partition] = messages[-1].offset() + 1
                 self.progress.consumed(chunk.partition, len(messages))
                 if self._batches.add(chunk.partition, messages, size, now):
@@ -363,7 +474,8 @@ class Member:
                 await self._assignment.claims_landed()
         if self.progress.state != "halted":
             now = time.monotonic()
-            await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)
+            if self.checkpoints.mode == "postgres":  # else no batch is written before a commit that now cannot come
+                await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)
             self._batches.close(partitions)
             await self._settle(partitions, deadline)
         self._release(partitions)
@@ -378,6 +490,36 @@ class Member:
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
         """Note the high watermarks."""
         self.progress.high.update(high)
+
+    def positions(self, positions: dict[TopicPartition, int]) -> None:
+        """Have the checkpoint follow where a log ends with offsets that hold no message (transactions, compaction).
+
+        Otherwise lag would never be 0, and retention would seem to overtake the checkpoint.
+        """
+        now = time.monotonic()
+        for partition, position in positions.items():
+            lease = self._assignment.leases.get(partition)
+            if (
+                lease is not None
+                and position > lease.next_offset == self._positions.get(partition)
+                and now >= self._tails.get(partition, -TAIL_INTERVAL) + TAIL_INTERVAL
+            ):
+                self._tails[partition] = now
+                self._batches.tail(partition, lease.next_offset, position)
+                self._wake.set()
+
+    def _check_leader(self, partition: TopicPartition, message: Message) -> None:
+        """Halt when a message comes from an older leader than one that was written: that log is another one."""
+        lease, epoch = self._assignment.leases.get(partition), message.leader_epoch()
+        if lease is not None and lease.leader_epoch is not None and epoch is not None and epoch < lease.leader_epoch:
+            sentence = (
+                f"the log of {partition} is another one: offset {message.offset()} has leader epoch {epoch}, and "
+                f"what was written before it had {lease.leader_epoch}: the topic was made again or its cluster "
+                f"restored; set `group_id` to a new name to read it from its start, or type kafka-consumer-groups "
+                f"--bootstrap-server {self.config.kafka.bootstrap_servers} --group {self.handler.group_id} "
+                f"--reset-offsets --topic {partition} --to-offset {message.offset()} --execute"
+            )
+            self.failed(Halt("topic", sentence))
 
     def reachable(self, sentence: str | None) -> None:
         """Note that no broker answers, or that one does again."""
@@ -395,7 +537,7 @@ class Member:
 
     async def _claim(self, partitions: Sequence[TopicPartition]) -> None:
         """Claim assigned partitions and have them delivered."""
-        conn = await self.connect()
+        conn = await self.connect(claims=True)
         try:
             leases = await self._assignment.claim(partitions, conn)
         finally:
@@ -427,14 +569,18 @@ class Member:
         gone = set(partitions)
 
         def in_flight() -> list[Writer]:
-            return [w for w in self._writers if any(b.partition in gone and self.holds(b, le) for b, le in w.work)]
+            return [
+                writer
+                for writer in self._writers
+                if writer.writing and any(b.partition in gone and self.holds(b, lease) for b, lease in writer.work)
+            ]
 
         if not await self._wait(lambda: not in_flight(), deadline):
             for writer in in_flight():
                 writer.cut()
 
-    async def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
-        """Wait until writes or releases have made a condition true; False at the deadline."""
+    async def _wait(self, condition: Callable[[], bool], deadline: float | None) -> bool:
+        """Wait until writes, releases or commits have made a condition true; False at the deadline."""
         try:
             async with asyncio.timeout_at(deadline):
                 while not condition():

@@ -7,15 +7,20 @@ Postgres answers COMMIT of a failed transaction with ROLLBACK and no error.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
+import socket
+import time
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, LiteralString
+from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict
 
-from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected, TableChanged
+from consumerd.errors import Cancelled, ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected, TableChanged
 from consumerd.sqlstate import Next, next_step
 
 if TYPE_CHECKING:
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     from consumerd.config import PostgresConfig
 
 CONNECTION_DEFAULTS: dict[str, str] = {
-    "connect_timeout": "10",
+    "connect_timeout": "4",
     # A half-open connection was noticed after 11 s, or never; with these after 30 s at most.
     "keepalives_idle": "10",
     "keepalives_interval": "5",
@@ -38,11 +43,20 @@ CONNECTION_DEFAULTS: dict[str, str] = {
 SESSION_DEFAULTS: dict[str, str] = {"lock_timeout": "10s"}
 """Settings where `[postgres.settings]` says nothing: a locked table is an outage that can be seen, not a hang."""
 
+SETTINGS_TIMEOUT = 5.0
+"""Seconds for what is said on a new connection, before anybody watches over it."""
+
 BEGIN = """\
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
 SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                                         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""
+
+busy_since: WeakKeyDictionary[AsyncConnection[Any], float] = WeakKeyDictionary()
+"""Since when, monotonic, each connection that is in a transaction or a call has been in it (`consumerd.watch`)."""
+
+pooled: WeakSet[AsyncConnection[Any]] = WeakSet()
+"""Connections that a pooler shares out: the server knows them by another number than we do."""
 
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
@@ -72,7 +86,11 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         # Also a wrong database or role: they have no SQLSTATE here, and may come right without us.
         raise Outage("postgres", f"cannot connect to Postgres: {_one_line(error)}") from error
     name = ""
+    timer = asyncio.get_running_loop().call_later(SETTINGS_TIMEOUT, cut, conn)
     try:
+        cursor = await conn.execute("SELECT pg_catalog.pg_backend_pid()")
+        if await cursor.fetchone() != (conn.info.backend_pid,):
+            pooled.add(conn)
         for name, value in {**SESSION_DEFAULTS, **config.settings}.items():
             await conn.execute("SELECT set_config(%s, %s, false)", [name, value])
     except psycopg.Error as error:
@@ -80,6 +98,8 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         if error.sqlstate is not None and next_step(error.sqlstate) in {Next.HALT, Next.ISOLATE}:
             raise Halt("database", f"[postgres.settings] {name}: {_one_line(error)}") from error
         raise translate(error, conn) from error
+    finally:
+        timer.cancel()
     return conn
 
 
@@ -90,6 +110,7 @@ async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> Asy
     After anything but an error of psycopg or of ours (a cancelled task, above all) the connection is closed: its state
     is unknown, and the server rolls back.
     """
+    busy_since[conn] = time.monotonic()
     try:
         await conn.execute(BEGIN)
         yield
@@ -106,6 +127,33 @@ async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> Asy
     except BaseException:
         await conn.close()
         raise
+    finally:
+        busy_since.pop(conn, None)
+
+
+def cut(conn: AsyncConnection[Any]) -> None:
+    """Break a connection under whatever waits for it, which gets an error and closes it.
+
+    To close it from here would free its number for another socket, whose events the one that waits would get.
+    """
+    if not conn.closed:
+        with suppress(OSError), socket.socket(fileno=os.dup(conn.fileno())) as own:
+            own.shutdown(socket.SHUT_RDWR)
+
+
+async def transaction_id(conn: AsyncConnection[Any]) -> str:
+    """Return the id of the open transaction; to be called within one."""
+    row = await (await conn.execute("SELECT pg_catalog.pg_current_xact_id()::text")).fetchone()
+    return str(row[0]) if row else ""
+
+
+async def was_committed(conn: AsyncConnection[Any], transaction: str) -> bool:
+    """Tell whether a transaction was committed; raises Outage while it is in progress still."""
+    query = "SELECT pg_catalog.pg_xact_status(%(id)s::text::xid8)"
+    ((status,),) = await call(conn, query, {"id": transaction})
+    if status == "in progress":
+        raise Outage("postgres", "a COMMIT was not answered, and its transaction has not ended yet")
+    return bool(status == "committed")
 
 
 @asynccontextmanager
@@ -120,7 +168,9 @@ async def errors_of(conn: AsyncConnection[Any]) -> AsyncIterator[None]:
         raise meaning from error
 
 
-def translate(error: psycopg.Error, conn: AsyncConnection[Any]) -> ConsumerdError:
+def translate(  # noqa: PLR0911 - one for each meaning
+    error: psycopg.Error, conn: AsyncConnection[Any]
+) -> ConsumerdError:
     """Return what an error of Postgres means to us, by its SQLSTATE."""
     state = error.sqlstate
     if state is None:
@@ -137,6 +187,8 @@ def translate(error: psycopg.Error, conn: AsyncConnection[Any]) -> ConsumerdErro
             return TableChanged(f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
         case Next.HALT:
             return Halt("database", f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
+        case Next.SMALLER:
+            return Cancelled("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
         case _:
             return Outage("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
 
@@ -184,6 +236,10 @@ async def call(
     conn: AsyncConnection[Any], query: sql.Composed | LiteralString, values: Mapping[str, Any] | None = None
 ) -> list[tuple[Any, ...]]:
     """Run one query outside the write path and return its rows; psycopg's errors leave it translated."""
-    async with errors_of(conn):
-        cursor = await conn.execute(query, values)
-        return await cursor.fetchall() if cursor.description else []
+    busy_since[conn] = time.monotonic()
+    try:
+        async with errors_of(conn):
+            cursor = await conn.execute(query, values)
+            return await cursor.fetchall() if cursor.description else []
+    finally:
+        busy_since.pop(conn, None)

@@ -168,6 +168,8 @@ class Progress:
         """Count batches taken to be written."""
         for batch in batches:
             metrics.flushes.labels(self.handler, batch.reason).inc()
+            if not batch.messages:
+                continue
             metrics.batch_messages.labels(self.handler).observe(len(batch.messages))
             metrics.batch_bytes.labels(self.handler).observe(batch.size)
 
@@ -185,13 +187,14 @@ class Progress:
             metrics.messages_dead_lettered.labels(self.handler, refusal.reason).inc()
         metrics.batch_write_duration.labels(self.handler).observe(seconds)
         metrics.last_commit_timestamp.labels(self.handler).set(now)
-        oldest = batch.messages[0].timestamp()[1] / 1000
+        oldest = batch.messages[0].timestamp()[1] / 1000 if batch.messages else 0
         if oldest > 0:
             metrics.end_to_end_latency.labels(self.handler).observe(max(0.0, now - oldest))
         if progress := self.partitions.get(partition):
             self.high[partition] = max(self.high.get(partition, 0), batch.next_offset)
             progress.checkpoint = batch.next_offset
-            progress.last_timestamp = batch.messages[-1].timestamp()[1]
+            if batch.messages:
+                progress.last_timestamp = batch.messages[-1].timestamp()[1]
         self._tell_letters(batch)
 
     def _tell_letters(self, batch: Batch) -> None:

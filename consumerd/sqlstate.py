@@ -17,6 +17,8 @@ class Next(Enum):
     """The connection is gone, or is worth nothing: open another, try again."""
     RETRY = auto()
     """The transaction lost against another one: again, with jitter."""
+    SMALLER = auto()
+    """The statement was cancelled, perhaps for its time: again, with fewer rows."""
     WAIT = auto()
     """The server lacks something (disk, memory, connections): again, with long pauses."""
     ISOLATE = auto()
@@ -49,7 +51,7 @@ CODES: dict[str, Next] = {
     "40001": Next.RETRY,
     "40P01": Next.RETRY,
     "55P03": Next.RETRY,
-    "57014": Next.RETRY,
+    "57014": Next.SMALLER,
     # The data of a row.
     "22000": Next.ISOLATE,
     "22001": Next.ISOLATE,

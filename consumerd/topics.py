@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +31,13 @@ CALL_TIMEOUT = 5.0
 WATCH_INTERVAL = 1.0
 """Seconds between two looks at the topics' ids."""
 
+FRESH = 0.1
+"""Seconds for which a look at the topics' ids holds."""
+CONFIRM_TIMEOUT = 1.0
+"""Seconds for such a look: a write waits for it."""
+UNANSWERED_PAUSE = 5.0
+"""Seconds until the next such look after one that was not answered."""
+
 LETTER_HEADROOM = 64 * 1024
 """Bytes by which a letter may be larger than its message: the headers that say why."""
 
@@ -50,6 +58,9 @@ class Topics:
 
     def __init__(self, kafka: KafkaConfig) -> None:
         self._kafka = kafka
+        self._confirming = asyncio.Lock()
+        self._confirmed = -FRESH
+        self._unanswered = -UNANSWERED_PAUSE
         try:
             self._admin = AdminClient(client_config(kafka))
         except KafkaException as error:
@@ -81,24 +92,41 @@ class Topics:
         }
 
     async def watch(self, topics: Mapping[str, Topic]) -> None:
-        """Look now and then whether topics are still the same ones; raises Halt when one was made again.
-
-        Kafka tells nobody: the old position goes on in the new log, and what lies below it there is skipped.
-        """
+        """Look now and then whether topics are still the same ones; raises Halt when one was made again."""
         while self._kafka.admin:
             await asyncio.sleep(WATCH_INTERVAL)
+            await self.confirm(topics)
+
+    async def confirm(self, topics: Mapping[str, Topic]) -> None:
+        """Make sure that topics are the ones that were found, by a look that began a moment ago at most.
+
+        Kafka tells nobody of a topic that was deleted and made again: the old position goes on in the new log, and
+        what lies below it there is skipped. To be made again and read takes longer than `FRESH`. Raises Halt; brokers
+        that do not answer are passed over: what is written was read while the topics were there.
+        """
+        asked = time.monotonic()
+        if not self._kafka.admin or asked < max(self._confirmed + FRESH, self._unanswered + UNANSWERED_PAUSE):
+            return
+        async with self._confirming:
+            if self._confirmed >= asked:
+                return
+            began = time.monotonic()
             try:
-                ids = await self._call(self._ids, list(topics))
-            except (Outage, Halt):
-                continue  # the consumer meets the same, and tells
-            for name, topic in topics.items():
-                if ids[name] != topic.topic_id:
-                    raise Halt(
-                        "topic",
-                        f"topic {name} was deleted and made again while it was read: its offsets mean other messages "
-                        f"than the checkpoint; messages of the new topic may have been taken from the old position on; "
-                        f"set `group_id` to a new name to read the new topic from its start",
-                    )
+                ids = await asyncio.to_thread(self._ids, list(topics), CONFIRM_TIMEOUT)
+            except (TimeoutError, KafkaException) as error:
+                # A broker's own answer (a topic that is gone, for one) is no reason to look less often.
+                if isinstance(error, TimeoutError) or error.args[0].code() < 0:
+                    self._unanswered = time.monotonic()
+                return
+            self._confirmed = began
+        for name, topic in topics.items():
+            if ids[name] != topic.topic_id:
+                self._confirmed = -FRESH
+                raise Halt(
+                    "topic",
+                    f"topic {name} was deleted and made again: its offsets mean other messages than the checkpoint; "
+                    f"nothing of the new topic was written; set `group_id` to a new name to read it from its start",
+                )
 
     async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> None:
         """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt."""
@@ -139,9 +167,9 @@ class Topics:
         metadata = self._admin.list_topics(timeout=CALL_TIMEOUT)
         return {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.error is None}
 
-    def _ids(self, names: list[str]) -> dict[str, str]:
-        futures = self._admin.describe_topics(TopicCollection(names), request_timeout=CALL_TIMEOUT)
-        return {name: str(future.result(CALL_TIMEOUT).topic_id) for name, future in futures.items()}
+    def _ids(self, names: list[str], timeout: float = CALL_TIMEOUT) -> dict[str, str]:
+        futures = self._admin.describe_topics(TopicCollection(names), request_timeout=timeout)
+        return {name: str(future.result(timeout).topic_id) for name, future in futures.items()}
 
     def _settings(self, topic: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)

@@ -7,17 +7,14 @@ class says what happens next (`consumerd.errors`).
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from consumerd import postgres
 from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
-from consumerd.errors import Fenced, Halt, Outage, Rejected, TableChanged
-from consumerd.isolate import isolate
+from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
+from consumerd.isolate import ORPHAN, isolate
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -31,6 +28,8 @@ Work = list[tuple["Batch", Lease]]
 
 FRUITLESS_ISOLATIONS = 5
 """Times that a batch may be refused as a whole with none of its rows refused alone, before that is a halt."""
+ORPHAN_PATIENCE = 3.0
+"""Seconds that rows with a foreign key to nothing are tried again: what they refer to may be on its way."""
 
 
 class Writer:
@@ -43,6 +42,10 @@ class Writer:
         self._prepared: Mapping | None = None
         self.work: Work = []
         """What is being written now."""
+        self.writing = False
+        """Whether a transaction that writes is open."""
+        self._doubt: tuple[str, Work] | None = None
+        """The transaction whose COMMIT was not answered, where no checkpoint tells what became of it."""
 
     async def run(self) -> None:
         """Write what is due, until cancelled."""
@@ -62,13 +65,9 @@ class Writer:
             await conn.close()
 
     def cut(self) -> None:
-        """Break the connection under whatever waits for it, which gets an error and closes it.
-
-        To close it from here would free its number for another socket, whose events the one that waits would get.
-        """
-        if self._conn is not None and not self._conn.closed:
-            with suppress(OSError), socket.socket(fileno=os.dup(self._conn.fileno())) as own:
-                own.shutdown(socket.SHUT_RDWR)
+        """Break the connection under whatever waits for it, which gets an error and closes it."""
+        if self._conn is not None:
+            postgres.cut(self._conn)
 
     async def _write(self, work: Work) -> None:
         """Try until each batch is written or its partition is no longer held."""
@@ -83,31 +82,47 @@ class Writer:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
             mapping = self._member.mapping
             try:
-                await self._step(work, mapping)
+                if self._doubt is not None:
+                    await self._settle_doubt(*self._doubt)
+                elif self._member.committed(work):
+                    await self._step(work, mapping)
+                else:
+                    await self._member.wait_for_commits(work)
             except TableChanged as changed:
                 await self._member.load_table(mapping, changed)
             except Fenced:
                 for batch, lease in work:
                     await self._member.read_back(batch, lease)
-            except Outage:
+            except Outage as outage:
                 await self.abort()
+                if isinstance(outage, Cancelled):
+                    self._member.cancelled(work)
                 if any(self._member.holds(batch, lease) for batch, lease in work):
                     raise
 
     async def _step(self, work: Work, mapping: Mapping) -> None:
         """Write, or learn which of it is refused: a write of several batches goes again one by one."""
+        if sum(len(batch.messages) for batch, _ in work) > self._member.limit:
+            if len(work) > 1:
+                await self._one_by_one(work)
+                return
+            self._member.split(work[0][0], self._member.limit)
         try:
             await self._attempt(work, mapping)
         except Rejected as rejected:
             if len(work) == 1:
                 await self._isolate(*work[0], mapping, rejected.row)
             else:
-                for one in work:
-                    await self._until_settled([one])
+                await self._one_by_one(work)
+
+    async def _one_by_one(self, work: Work) -> None:
+        for one in work:
+            await self._until_settled([one])
 
     async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
+        await member.confirm_topics()
         encoded = [mapping.encoder.encode(batch) for batch, _ in work]
         for batch, _ in work:
             await self._dead_letter(batch)
@@ -119,12 +134,31 @@ class Writer:
                 first += len(rows.rows)
         started = time.monotonic()
         conn = await self._connection(mapping)
-        async with postgres.transaction(conn):
-            await self._advance(conn, work, mapping)
-            for data, count, first in packed:
-                await mapping.sink.write(conn, data, count, first)
+        if not all(member.holds(batch, lease) for batch, lease in work):
+            return  # given up while the letters were under way
+        self.writing = True
+        try:
+            async with postgres.transaction(conn):
+                await self._advance(conn, work, mapping)
+                for data, count, first in packed:
+                    await mapping.sink.write(conn, data, count, first)
+                if member.checkpoints.mode == "kafka":
+                    self._doubt = await postgres.transaction_id(conn), work
+            self._doubt = None
+        except (Rejected, TableChanged, Halt):
+            self._doubt = None  # Postgres has answered
+            raise
+        finally:
+            self.writing = False
         member.written(work, time.monotonic() - started)
         member.recovered(self._name, "postgres", "dead_letter")
+
+    async def _settle_doubt(self, transaction: str, work: Work) -> None:
+        """Ask what became of a COMMIT that was not answered; raises Outage while the server does not know."""
+        conn = await self._connection(self._member.mapping)
+        if await postgres.was_committed(conn, transaction):
+            self._member.written(work, 0.0)
+        self._doubt = None
 
     async def _advance(self, conn: AsyncConnection[Any], work: Work, mapping: Mapping) -> None:
         """Move the checkpoints, first of all; then make sure that the table is the one that was encoded for."""
@@ -147,10 +181,16 @@ class Writer:
         conn = await self._connection(mapping)
         async with postgres.transaction(conn, probe=True):
             await self._advance(conn, [(batch, lease)], mapping)
-            refused = await isolate(conn, mapping.sink, rows.rows, named)
+            refused, settled = await isolate(
+                conn, mapping.sink, rows.rows, named, at_least=member.breaker.lacks(batch), now=time.monotonic
+            )
+        if any(refusal.sqlstate == ORPHAN for refusal in refused.values()):
+            _be_patient(batch)
+        if settled < len(rows.rows):
+            member.split(batch, rows.positions[settled])
         batch.refused |= {rows.positions[row]: refusal for row, refusal in refused.items()}
         member.isolated(batch, refused)
-        if not refused:
+        if not refused and settled == len(rows.rows):
             batch.fruitless += 1
             if batch.fruitless >= FRUITLESS_ISOLATIONS:
                 raise Halt("database", "Postgres refuses the batch as a whole, and none of its rows alone")
@@ -173,6 +213,14 @@ class Writer:
                 await mapping.sink.prepare(self._conn)
             self._prepared = mapping
         return self._conn
+
+
+def _be_patient(batch: Batch) -> None:
+    """Have a batch tried again for a while: what its rows refer to may be written by somebody else in a moment."""
+    now = time.monotonic()
+    batch.orphaned_since = batch.orphaned_since or now
+    if now - batch.orphaned_since < ORPHAN_PATIENCE:
+        raise Outage("postgres", f"rows of {batch.partition} refer to rows that are not there (yet)")
 
 
 def _refuse_repeats(batch: Batch, lease: Lease) -> None:

@@ -82,7 +82,9 @@ class Bench:
         async with postgres.transaction(self.conn, probe=True):
             before = self.statements - sink.writes
             try:
-                return await isolate(self.conn, sink, rows)
+                refused, settled = await isolate(self.conn, sink, rows)
+                assert settled == len(rows)
+                return refused
             finally:
                 self.statements = self.statements - before
 
@@ -284,3 +286,30 @@ async def test_time_out(bench: Bench) -> None:
     )
     with pytest.raises(Outage):
         await bench.isolate("append", good(20))
+
+
+@pytest.mark.parametrize("write", ["append", "upsert"])
+async def test_rows_that_need_later_ones(bench: Bench, write: str) -> None:
+    """A row that needs a later one of its batch is not refused because another row of the batch is bad (rule 21)."""
+    rows: list[Row] = [(i, "x", i, i, min(i + 1, 63)) for i in range(64)]
+    rows[10] = (10, None, 10, 10, 9)
+    rows[9] = (9, "x", 9, 9, 9)
+    assert list(await bench.isolate(write, rows)) == [10]
+
+
+async def test_budget(bench: Bench) -> None:
+    """When the budget is spent, what is settled is a prefix that holds at least as many rows as were asked for."""
+    rows = [SPOILED["NOT NULL"][0](row) for row in good(4000)]
+    sink = bench.sinks["append"]
+    clock = iter(range(10**6))
+    async with postgres.transaction(bench.conn, probe=True):
+        refused, settled = await isolate(bench.conn, sink, rows, now=lambda: next(clock) / 10)
+    assert 0 < settled < 100
+    assert list(refused) == list(range(settled))
+    async with postgres.transaction(bench.conn, probe=True):
+        refused, settled = await isolate(bench.conn, sink, rows)
+    assert 0 < settled < 1000
+    assert list(refused) == list(range(settled))
+    async with postgres.transaction(bench.conn, probe=True):
+        refused, settled = await isolate(bench.conn, sink, rows, at_least=1500)
+    assert 1500 < settled < 1510

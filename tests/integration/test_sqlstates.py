@@ -12,7 +12,7 @@ from psycopg import AsyncConnection
 
 from consumerd import postgres
 from consumerd.config import PostgresConfig
-from consumerd.errors import ConsumerdError, Halt, Outage, Rejected, TableChanged
+from consumerd.errors import Cancelled, ConsumerdError, Halt, Outage, Rejected, TableChanged
 from consumerd.sinks.copy import Packer
 from tests.servers.process import free_port
 
@@ -82,7 +82,7 @@ CASES = {
     "no column": Case("42703", TableChanged, "INSERT INTO t (nothing) VALUES (1)"),
     "no privilege": Case("42501", Halt, "SET LOCAL ROLE pg_monitor; INSERT INTO t (id) VALUES (2)"),
     "sequence exhausted": Case("2200H", Halt, "INSERT INTO t (id) VALUES (nextval('spent'))"),
-    "statement_timeout": Case("57014", Outage, "SET LOCAL statement_timeout = '1ms'; SELECT pg_sleep(60)"),
+    "statement_timeout": Case("57014", Cancelled, "SET LOCAL statement_timeout = '1ms'; SELECT pg_sleep(60)"),
     "read only": Case("25006", Outage, "SET LOCAL transaction_read_only = on; INSERT INTO t (id) VALUES (2)"),
 }
 

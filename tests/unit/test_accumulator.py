@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumerd.accumulator import MESSAGE_OVERHEAD, Accumulator, Batch, Bounds, size_of
+from consumerd.errors import Refusal
 from consumerd.types import Message, TopicPartition
 
 A, B, C = (TopicPartition("orders", number) for number in range(3))
@@ -261,6 +262,53 @@ def test_oldest() -> None:
     assert not it.holds([A])
 
 
+def test_split() -> None:
+    """The rest of a batch that was split is the partition's next batch, due at once, with what is known of it."""
+    it = gathered(Bounds(max_messages=10, max_bytes=1000, max_age=1.0), A)
+    add(it, A, fakes(0, 12))
+    (batch,) = it.take(0.0)
+    why = Refusal(reason="type", stage="decode", error="E", message="m")
+    batch.refused, batch.lettered = {2: why, 4: why, 9: why}, {2, 9}
+    rest = it.split(batch, 4)
+    assert ([m.offset() for m in batch.messages], batch.next_offset, batch.size) == ([0, 1, 2, 3], 4, 4)
+    assert (batch.refused, batch.lettered) == ({2: why}, {2})
+    assert it.take(9.0) == []
+    it.done(batch)
+    assert it.memory == 8 * (1 + MESSAGE_OVERHEAD)
+    assert it.take(0.0) == [rest]
+    assert ([m.offset() for m in rest.messages], rest.first_offset, rest.next_offset) == ([4, 5, 6, 7, 8, 9], 4, 10)
+    assert (rest.refused, rest.lettered) == ({0: why, 5: why}, {5})
+    it.done(rest)
+    (last,) = it.take(9.0)
+    assert [m.offset() for m in last.messages] == [10, 11]
+
+
+def test_split_of_a_closed_partition() -> None:
+    """The rest of a batch whose partition has gone is not kept."""
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 5))
+    (batch,) = it.take(9.0)
+    it.close([A])
+    it.split(batch, 2)
+    assert (it.memory, it.take(9.0)) == (0, [])
+
+
+def test_tail() -> None:
+    """A drained partition's checkpoint is moved by a batch without messages; messages that come make it needless."""
+    it = gathered(WIDE, A, B)
+    it.tail(A, 5, 9)
+    it.tail(B, 1, 2)
+    add(it, B, fakes(3, 1))
+    (batch,) = it.take(0.0)
+    assert (batch.partition, batch.messages, batch.first_offset, batch.next_offset) == (A, [], 5, 9)
+    it.tail(A, 5, 9)
+    assert it.take(0.0) == []
+    it.done(batch)
+    assert it.take(0.0) == []
+    (messages,) = it.take(9.0)
+    assert (messages.partition, messages.first_offset) == (B, 3)
+
+
 class Model:
     """Drives an accumulator at random and checks after each step what must always hold."""
 
@@ -295,6 +343,12 @@ class Model:
             self.out[batch.partition] = batch
         assert sum(len(b.messages) for b in batches) <= self.bounds.max_messages
         assert sum(b.size for b in batches) <= self.bounds.max_bytes or [len(b.messages) for b in batches] == [1]
+
+    def split(self, partition: TopicPartition, chance: random.Random) -> None:
+        """Keep a part of what is out."""
+        if (batch := self.out.get(partition)) and len(batch.messages) > 1:
+            self.it.split(batch, chance.randint(1, len(batch.messages) - 1))
+            self.taken[partition] = batch.next_offset
 
     def close(self, partition: TopicPartition) -> None:
         """Close and open again: offsets begin anew."""
@@ -346,7 +400,7 @@ def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
     for _ in range(steps):
         model.now += chance.random()
         partition = chance.choice((A, B, C))
-        match chance.choices(("add", "take", "done", "close", "hurry"), weights=(5, 4, 4, 1, 1))[0]:
+        match chance.choices(("add", "take", "done", "close", "hurry", "split"), weights=(5, 4, 4, 1, 1, 2))[0]:
             case "add":
                 model.add(partition, [chance.choice((0, 1, 3, 9, 60)) for _ in range(chance.randint(1, 15))])
             case "take":
@@ -355,6 +409,8 @@ def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
                 model.done(partition)
             case "close":
                 model.close(partition)
+            case "split":
+                model.split(partition, chance)
             case _:
                 model.it.hurry([partition], "revoke")
         model.check()

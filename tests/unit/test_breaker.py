@@ -6,7 +6,8 @@ from consumerd.accumulator import Batch
 from consumerd.breaker import Breaker
 from consumerd.config import PoisonConfig
 from consumerd.errors import Halt, Refusal
-from consumerd.types import TopicPartition
+from consumerd.types import Message, TopicPartition
+from tests.unit.test_accumulator import Fake
 
 CONFIG = PoisonConfig(max_ratio=0.1, window=60.0, min_messages=100)
 
@@ -19,9 +20,12 @@ def refusals(count: int, text: str = "wrong type") -> dict[int, Refusal]:
 
 def batch(messages: int, refused: int, text: str = "wrong type") -> Batch:
     """Make a batch; the breaker looks at no message."""
+    fakes: list[Message] = [Fake(at) for at in range(messages)]
     return Batch(
         partition=TopicPartition("orders", 0),
-        messages=[None] * messages,  # type: ignore[list-item]
+        first_offset=0,
+        next_offset=messages,
+        messages=fakes,
         size=messages,
         reason="age",
         gathered_since=0.0,
@@ -111,3 +115,17 @@ def test_names_the_most_frequent() -> None:
     )
     with pytest.raises(Halt, match="mostly: wrong type"):
         Breaker(CONFIG).judge(it, 0.0)
+
+
+def test_a_batch_that_is_split() -> None:
+    """What was cut off a batch is judged with its own batch, not with the one that it was cut off."""
+    breaker = Breaker(CONFIG)
+    whole = batch(1000, 0)
+    breaker.judge(whole, 0.0)
+    assert breaker.lacks(whole) == 100
+    rest = whole.cut(100)
+    breaker.take_back(rest, 0.0)
+    assert rest.judged is None
+    whole.refused = refusals(11)
+    with pytest.raises(Halt, match="11 of the last 100"):
+        breaker.judge(whole, 0.0)

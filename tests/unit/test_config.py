@@ -62,7 +62,7 @@ def test_handler_defaults() -> None:
     assert (it.max_connections, it.columns) == (4, None)
     assert it.table == TableConfig(name="sales.orders", write="append", key=())
     assert (it.batch.max_messages, it.batch.max_bytes, it.batch.max_age) == (20_000, 8 * 1024 * 1024, 0.5)
-    assert (it.retry.initial, it.retry.max) == (0.1, 30.0)
+    assert (it.retry.initial, it.retry.max) == (0.1, 2.0)
     assert (it.poison.max_ratio, it.poison.window, it.poison.min_messages) == (0.05, 60.0, 1000)
     letters = it.dead_letter
     assert (letters.topic, letters.create, letters.retention_ms) == ("consumerd.orders.dlq", False, -1)

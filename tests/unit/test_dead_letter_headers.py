@@ -90,7 +90,15 @@ HANDLER = HandlerConfig.model_validate(
 
 def batch(message: Fake) -> Batch:
     """Make a batch of one message."""
-    return Batch(partition=TopicPartition("orders", 3), messages=[message], size=1, reason="age", gathered_since=0.0)
+    return Batch(
+        partition=TopicPartition("orders", 3),
+        first_offset=message.offset(),
+        next_offset=message.offset() + 1,
+        messages=[message],
+        size=1,
+        reason="age",
+        gathered_since=0.0,
+    )
 
 
 def made(message: Fake, refusal: Refusal = REFUSAL) -> list[tuple[str, bytes | None]]:

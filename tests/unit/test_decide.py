@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from consumerd.checkpoint import LOG_START, Committed, Decision, Stamp, Stored, decide, decode_stamp
+from consumerd.decide import LOG_START, Committed, Decision, Stamp, Stored, decide, decide_by_kafka, decode_stamp
 from consumerd.errors import Halt
 from consumerd.types import TopicPartition
 
@@ -188,3 +188,33 @@ def test_stamp_holds() -> None:
 def test_foreign_metadata(metadata: str | None) -> None:
     """Metadata that somebody else wrote is no stamp."""
     assert decode_stamp(metadata) is None
+
+
+def settle_by_kafka(k: Committed, *, topic_id: str | None = TOPIC_ID) -> Decision:
+    """Decide without a checkpoint in Postgres."""
+    return decide_by_kafka(PARTITION, k, group=GROUP, topic_id=topic_id, bootstrap="broker:9092")
+
+
+def test_at_least_once() -> None:
+    """Rule 28: without a checkpoint in Postgres Kafka's offset is the checkpoint, an operator's too; none: start."""
+    assert settle_by_kafka(committed(None)) == Decision(kind="start")
+    assert settle_by_kafka(committed(70)) == Decision(kind="adopt", offset=70)
+    assert settle_by_kafka(committed(70, stamp(70, mode="kafka"))) == Decision(kind="resume", offset=70)
+
+
+def test_at_least_once_after_exactly_once() -> None:
+    """An offset that was committed behind a checkpoint in Postgres halts, with what to type."""
+    with pytest.raises(Halt, match="--reset-offsets --to-current --topic orders --execute"):
+        settle_by_kafka(committed(70, stamp(70)))
+
+
+def test_at_least_once_of_another_topic() -> None:
+    """Without a checkpoint in Postgres, too, a topic that was made again halts."""
+    with pytest.raises(Halt, match="deleted and made again"):
+        settle_by_kafka(committed(70, stamp(70, mode="kafka")), topic_id="topic-id-2")
+    assert settle_by_kafka(committed(70, stamp(70, mode="kafka")), topic_id=None).kind == "resume"
+
+
+def test_exactly_once_after_at_least_once() -> None:
+    """Going back to a checkpoint in Postgres adopts what Kafka has: the old checkpoint is behind it."""
+    assert settle(stored(50), committed(70, stamp(70, mode="kafka", store=""))).offset == 70

@@ -382,7 +382,15 @@ def encoder(*columns: Column) -> Encoder:
 def batch(*values: bytes | None) -> Batch:
     """Make a batch."""
     messages: list[Any] = [Fake(value) for value in values]
-    return Batch(partition=TopicPartition("o", 0), messages=messages, size=1, reason="age", gathered_since=0.0)
+    return Batch(
+        partition=TopicPartition("o", 0),
+        first_offset=0,
+        next_offset=len(messages),
+        messages=messages,
+        size=1,
+        reason="age",
+        gathered_since=0.0,
+    )
 
 
 def test_batch_with_poison() -> None:

@@ -206,7 +206,6 @@ UNSUPPORTED_LINES = [
     ("orders", 'table.tombstones = "delete"', "table.tombstones: is"),
     ("orders", 'table.tombstone_key = { a = "@key" }', "table.tombstone_key: is"),
     ("orders", 'table.write = "skip-existing"', 'table.write: "skip-existing" is'),
-    ("orders", 'checkpoint = "kafka"', 'checkpoint: "kafka" is'),
     ("orders", 'poison.action = "halt"', "poison.action: is"),
     ("orders", "poison.error_text = true", "poison.error_text: is"),
     ("orders", 'columns.a = "@value"', 'columns.a: "@…" is'),

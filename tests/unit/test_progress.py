@@ -87,6 +87,8 @@ def written(messages: int, first: int = 0, refused: tuple[PoisonReason, ...] = (
     """Make a batch of A."""
     return Batch(
         partition=A,
+        first_offset=first,
+        next_offset=first + messages,
         messages=[Fake(first + i, int((NOW - ago) * 1000)) for i in range(messages)],
         size=messages,
         reason="age",

@@ -1,0 +1,165 @@
+"""Who wins at an assignment: the checkpoint (C), or the offset that Kafka has (K). A table of rules, as a function.
+
+Our commits to Kafka carry a stamp in their metadata. An offset without our stamp was set by an operator, and wins; one
+that Kafka lost (expired, or its group deleted) never resets anything. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from consumerd.errors import Halt
+
+if TYPE_CHECKING:
+    from consumerd.types import TopicPartition
+
+LOG_START = -2
+"""`next_offset` of a partition that appeared after its group had first seen the topic: it begins at its log's start,
+whatever `start` says (with `latest`, a new partition's first messages were lost: seen). Kafka's own logical offset."""
+
+Mode = Literal["postgres", "kafka"]
+STAMP_VERSION = 1
+
+
+class Stamp(msgspec.Struct, frozen=True, kw_only=True, rename={"version": "v"}):
+    """The metadata of our Kafka commits."""
+
+    version: int = STAMP_VERSION
+    mode: str = "postgres"
+    store: str
+    group: str
+    topic_id: str | None
+    offset: int
+
+    def encode(self) -> str:
+        """Return the stamp as metadata."""
+        return msgspec.json.encode(self).decode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A claimed checkpoint (C). `next_offset` None: the group has never been here."""
+
+    epoch: int
+    next_offset: int | None
+    max_offset: int | None
+    topic_id: str | None
+    target: str
+    leader_epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What Kafka has (K). `stamp` None: somebody else set the offset."""
+
+    offset: int | None
+    stamp: Stamp | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Where a partition goes on; start: by the configured `start`, or at its log's start when `late`."""
+
+    kind: Literal["start", "resume", "adopt"]
+    offset: int | None = None
+    late: bool = False
+    note: str | None = None
+
+
+def decode_stamp(metadata: str | None) -> Stamp | None:
+    """Return the stamp in a committed offset's metadata, if it is ours."""
+    try:
+        return msgspec.json.decode(metadata or "", type=Stamp)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that it is
+    partition: TopicPartition,
+    stored: Stored,
+    committed: Committed,
+    *,
+    store: str,
+    group: str,
+    topic_id: str | None,
+    target: str,
+) -> Decision:
+    """Settle who wins at an assignment, the checkpoint (C) or Kafka's committed offset (K); raises Halt.
+
+    An offset that Kafka lost (expired, or its group deleted) never resets anything; one without our stamp, or with a
+    stamp for another offset, was set by an operator and becomes the checkpoint.
+    """
+    stamp, offset = committed.stamp, committed.offset
+    if stamp is not None and stamp.mode != "postgres":
+        stamp = None  # at least once came in between: what it committed is as good as an operator's offset
+    if stored.target != target:
+        raise Halt(
+            "checkpoint",
+            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` "
+            f"to a new name to start over, or `table.name` back",
+        )
+    if stamp is not None and (stamp.store != store or stamp.group != group):
+        raise Halt(
+            "checkpoint",
+            f"group {group} commits {partition} for another database (store {stamp.store}, group {stamp.group}; this "
+            f"one is store {store}): point `postgres.dsn` back at it, or set `group_id` to a new name",
+        )
+    if stored.topic_id and topic_id and stored.topic_id != topic_id:
+        raise Halt(
+            "topic",
+            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the checkpoint "
+            f"{stored.next_offset} of {partition}; set `group_id` to a new name to read the new topic",
+        )
+    if stored.next_offset is None or stored.next_offset < 0:
+        late = stored.next_offset == LOG_START
+        if offset is None:
+            return Decision(kind="start", late=late)
+        if stamp is None:
+            return Decision(kind="adopt", offset=offset, note=f"adopts the offset {offset} committed in Kafka")
+        raise Halt(
+            "checkpoint",
+            f"group {group} committed {partition} up to {offset} from a checkpoint that this database does not "
+            f"have: it was restored or emptied; restore {target} and its checkpoint together, or set `group_id` to a "
+            f"new name",
+        )
+    here = stored.next_offset
+    if offset is None:
+        return Decision(kind="resume", offset=here, note="Kafka has no committed offset: the checkpoint stands")
+    if stamp is None or stamp.offset != offset:
+        if here == offset:
+            return Decision(kind="adopt", offset=offset)
+        what = f"skips {here}..{offset - 1}" if offset > here else f"repeats {offset}..{here - 1}"
+        return Decision(kind="adopt", offset=offset, note=f"an operator set the offset to {offset}: {what}")
+    if offset > here:
+        note = f"Postgres went back: {here}..{offset - 1} had been written and is written again"
+        return Decision(kind="resume", offset=here, note=note)
+    return Decision(kind="resume", offset=here)
+
+
+def decide_by_kafka(
+    partition: TopicPartition, committed: Committed, *, group: str, topic_id: str | None, bootstrap: str
+) -> Decision:
+    """Settle where a partition goes on without a checkpoint in Postgres (`checkpoint = "kafka"`); raises Halt."""
+    stamp, offset = committed.stamp, committed.offset
+    if offset is None:
+        return Decision(kind="start")
+    if stamp is None:
+        return Decision(kind="adopt", offset=offset)
+    if stamp.mode != "kafka":
+        raise Halt(
+            "checkpoint",
+            f"group {group} has kept its checkpoint of {partition} in Postgres so far, and Kafka's offset may be "
+            f"behind it; after a clean stop it is not: then type kafka-consumer-groups --bootstrap-server {bootstrap} "
+            f"--group {group} --reset-offsets --to-current --topic {partition.topic} --execute, and restart; or write "
+            f'checkpoint = "postgres"',
+        )
+    if stamp.topic_id and topic_id and stamp.topic_id != topic_id:
+        raise Halt(
+            "topic",
+            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the offset "
+            f"{offset} that group {group} committed; set `group_id` to a new name to read the new topic",
+        )
+    return Decision(kind="resume", offset=offset)
