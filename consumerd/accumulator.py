@@ -114,8 +114,8 @@ class _Queue:
     messages: int = 0
     size: int = 0
     out: Batch | None = None
-    rest: Batch | None = None
-    """What was cut off a batch that was out: the next one."""
+    rest: deque[Batch] = field(default_factory=deque)
+    """What was cut off batches that were out: the next ones."""
     tail: tuple[int, int] | None = None
     """Offsets, the second not included, that hold no message and follow what is written."""
     hurry: FlushReason | None = None
@@ -125,8 +125,8 @@ class _Queue:
         """When the oldest message that waits arrived; None if none waits, or one is out."""
         if self.out is not None:
             return None
-        if self.rest is not None:
-            return self.rest.gathered_since
+        if self.rest:
+            return self.rest[0].gathered_since
         return self.chunks[0].arrived if self.chunks else None
 
 
@@ -171,7 +171,7 @@ class Accumulator:
     def tail(self, partition: TopicPartition, start: int, end: int) -> None:
         """Make due a batch without messages, if the partition has none: its log ends with offsets that hold none."""
         queue = self._queues.get(partition)
-        if queue is not None and not queue.chunks and queue.rest is None and queue.out is None:
+        if queue is not None and not queue.chunks and not queue.rest and queue.out is None:
             queue.tail = (start, end)
 
     def split(self, batch: Batch, count: int) -> Batch:
@@ -179,7 +179,7 @@ class Accumulator:
         rest = batch.cut(count)
         queue = self._queues.get(batch.partition)
         if queue is not None and queue.out is batch:
-            queue.rest = rest
+            queue.rest.appendleft(rest)
             queue.messages += len(rest.messages)
             queue.size += rest.size
         return rest
@@ -250,14 +250,14 @@ class Accumulator:
         queue = self._queues.get(partition)
         if queue is None:
             return None
-        first = queue.out or queue.rest
+        first = queue.out or (queue.rest[0] if queue.rest else None)
         if first is not None and first.messages:
             return first.messages[0]
         return queue.chunks[0].messages[0] if queue.chunks else None
 
     def _due(self, queue: _Queue, now: float, *, pressure: bool) -> FlushReason | None:
-        if queue.rest is not None:
-            return queue.rest.reason
+        if queue.rest:
+            return queue.rest[0].reason
         if queue.messages >= self._bounds.max_messages:
             return "messages"
         if queue.size >= self._bounds.max_bytes:
@@ -286,9 +286,9 @@ class Accumulator:
 
     def _next(self, partition: TopicPartition, queue: _Queue, reason: FlushReason) -> Batch:
         """Return what was cut off the last batch, or cut the next one."""
-        if queue.rest is None:
+        if not queue.rest:
             return self._cut(partition, queue, reason)
-        rest, queue.rest = queue.rest, None
+        rest = queue.rest.popleft()
         queue.messages -= len(rest.messages)
         queue.size -= rest.size
         return rest

@@ -13,6 +13,8 @@ from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from msgspec import UNSET
+
 from consumerd.brokers import Found, gap
 from consumerd.checkpoint import Lease
 from consumerd.commits import Commit
@@ -63,6 +65,7 @@ class Assignment:
         self._checkpoints = checkpoints
         self._thread = thread
         self._on_commit = on_commit
+        self._first_seen: dict[str, int] = {}
         self._promised: dict[TopicPartition, asyncio.Future[None]] = {}
         self._to_claim: asyncio.Queue[TopicPartition] = asyncio.Queue()
         self._claiming = asyncio.Lock()
@@ -156,6 +159,7 @@ class Assignment:
             topic_id=self._topic_id(partition),
             offset=offset,
             mode=self._checkpoints.mode,
+            partitions=self._first_seen.get(partition.topic, UNSET),
         )
         return Commit(partition=partition, offset=offset, leader_epoch=leader_epoch, metadata=stamp.encode())
 
@@ -164,7 +168,11 @@ class Assignment:
     ) -> Lease | None:
         """Settle where a claimed partition goes on; None when it is no longer ours."""
         topic_id = self._topic_id(partition)
-        decision = self._decide(partition, stored, Committed(found.committed, decode_stamp(found.metadata)))
+        stamp = decode_stamp(found.metadata)
+        decision = self._decide(partition, stored, Committed(found.committed, stamp))
+        if self._checkpoints.mode == "kafka" and found.committed is not None:
+            seen = stamp.partitions if stamp else None
+            self._first_seen.setdefault(partition.topic, seen or self._counts([partition])[partition.topic])
         if decision.note:
             log.warning(decision.note, extra={"handler": self._handler.name, "partition": str(partition)})
         offset = decision.offset
@@ -216,11 +224,15 @@ class Assignment:
         return found.high
 
     async def _is_late(self, partition: TopicPartition) -> bool:
-        """Whether the group has read the topic before, though this partition never; checkpoints know it themselves."""
+        """Whether a partition appeared after the group had first seen its topic; checkpoints know it themselves."""
         if self._checkpoints.mode == "postgres":
             return False
-        others = [TopicPartition(partition.topic, n) for n in range(self._counts([partition])[partition.topic])]
-        return any(found.committed is not None for found in (await self._thread.found(others)).values())
+        count = self._counts([partition])[partition.topic]
+        others = await self._thread.found([TopicPartition(partition.topic, number) for number in range(count)])
+        stamps = [decode_stamp(found.metadata) for found in others.values() if found.committed is not None]
+        seen = min(((stamp.partitions or 0) if stamp else 0 for stamp in stamps), default=count)
+        self._first_seen[partition.topic] = seen or count
+        return partition.partition >= seen
 
     async def _acknowledge(self, partition: TopicPartition, offset: int) -> None:
         """Stamp an adopted offset in Kafka, and wait for that: a crash must not adopt the same reset twice."""

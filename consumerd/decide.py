@@ -33,6 +33,8 @@ class Stamp(msgspec.Struct, frozen=True, kw_only=True, rename={"version": "v"}):
     group: str
     topic_id: str | None
     offset: int
+    partitions: int | msgspec.UnsetType = msgspec.UNSET
+    """How many partitions the topic had when the group first saw it, where no checkpoint in Postgres tells."""
 
     def encode(self) -> str:
         """Return the stamp as metadata."""

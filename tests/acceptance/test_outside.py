@@ -28,7 +28,7 @@ MESSAGES = 10_000
 HALTS = ("table", "topic", "dead_letter", "breaker", "gap", "checkpoint", "kafka", "database", "bug")
 COUNTERS: dict[str, list[dict[str, str]]] = {
     "fenced_writes_total": [{}],
-    "flushes_total": [{"reason": r} for r in ("messages", "bytes", "age", "pressure", "revoke", "drain")],
+    "flushes_total": [{"reason": r} for r in ("messages", "bytes", "age", "pressure", "revoke", "drain", "tail")],
     "halts_total": [{"reason": reason} for reason in HALTS],
     "isolations_total": [{}],
     "messages_dead_lettered_total": [

@@ -283,6 +283,21 @@ def test_split() -> None:
     assert [m.offset() for m in last.messages] == [10, 11]
 
 
+def test_split_again() -> None:
+    """A batch that is split again and again loses nothing: its parts come in order."""
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 9))
+    (batch,) = it.take(9.0)
+    it.split(batch, 6)
+    it.split(batch, 3)
+    parts = []
+    while batch:
+        parts.append([m.offset() for m in batch.messages])
+        it.done(batch)
+        batch = next(iter(it.take(9.0)), None)  # type: ignore[assignment]
+    assert (parts, it.memory) == ([[0, 1, 2], [3, 4, 5], [6, 7, 8]], 0)
+
+
 def test_split_of_a_closed_partition() -> None:
     """The rest of a batch whose partition has gone is not kept."""
     it = gathered(WIDE, A)
