@@ -290,11 +290,11 @@ def test_split_again() -> None:
     (batch,) = it.take(9.0)
     it.split(batch, 6)
     it.split(batch, 3)
-    parts = []
-    while batch:
-        parts.append([m.offset() for m in batch.messages])
-        it.done(batch)
-        batch = next(iter(it.take(9.0)), None)  # type: ignore[assignment]
+    it.done(batch)
+    parts = [[m.offset() for m in batch.messages]]
+    while taken := it.take(9.0):
+        it.done(taken[0])
+        parts.append([m.offset() for m in taken[0].messages])
     assert (parts, it.memory) == ([[0, 1, 2], [3, 4, 5], [6, 7, 8]], 0)
 
 
