@@ -156,13 +156,16 @@ class Member:
         await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
+            schema, group = self.config.postgres.schema_name, self.handler.group_id
+            if self.handler.checkpoint == "postgres":
+                await ensure_schema(conn, schema)
             await self._load_table(conn)
-            group, target = self.handler.group_id, self.mapping.table.identifier
-            if self.handler.checkpoint == "kafka":
-                self.checkpoints = KafkaCheckpoints(group, target)
-            else:
-                await ensure_schema(conn, self.config.postgres.schema_name)
-                self.checkpoints = Checkpoints(self.config.postgres.schema_name, group, target)
+            target = self.mapping.table.identifier
+            self.checkpoints = (
+                Checkpoints(schema, group, target)
+                if self.handler.checkpoint == "postgres"
+                else KafkaCheckpoints(group, target)
+            )
             store = await self.checkpoints.store(conn)
         finally:
             await conn.close()

@@ -8,6 +8,7 @@ static one of the broker alone, so that nothing in the data folder depends on a 
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -78,6 +79,18 @@ class KafkaServer:
         """SIGKILL."""
         if self._process is not None:
             self._process.kill()
+
+    def freeze(self) -> None:
+        """SIGSTOP: its connections stay up, and nobody answers on them."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.running:
+            os.kill(self._process.pid, number)
 
     def close(self) -> None:
         """Kill it and remove its data; the log stays."""
