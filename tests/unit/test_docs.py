@@ -4,10 +4,11 @@ import re
 from importlib import import_module
 from typing import get_args
 
-from consumerd.errors import PoisonReason
+from consumerd.errors import HaltReason, PoisonReason
 from tests.servers.daemon import REPOSITORY
 
 DESIGN = (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8")
+FAILURES = (REPOSITORY / "docs" / "failures.md").read_text(encoding="utf-8")
 VALUES = (REPOSITORY / "docs" / "values.md").read_text(encoding="utf-8")
 
 
@@ -15,6 +16,12 @@ def test_each_reason_is_explained() -> None:
     """docs/values.md explains each reason of a dead letter, and no other."""
     table = VALUES.partition("| reason | what it means |")[2]
     assert set(get_args(PoisonReason)) == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
+def test_each_halt_is_explained() -> None:
+    """docs/failures.md explains each reason of a halt, and no other."""
+    table = FAILURES.partition("| reason | when |")[2]
+    assert set(get_args(HaltReason)) == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
 
 
 def test_each_name_in_the_design_is_in_the_code() -> None:
