@@ -137,7 +137,7 @@ def cut(conn: AsyncConnection[Any]) -> None:
     To close it from here would free its number for another socket, whose events the one that waits would get.
     """
     if not conn.closed:
-        with suppress(OSError), socket.socket(fileno=os.dup(conn.fileno())) as own:
+        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.fileno())) as own:
             own.shutdown(socket.SHUT_RDWR)
 
 

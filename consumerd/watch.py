@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import psycopg
+
 from consumerd.errors import ConsumerdError
 from consumerd.postgres import busy_since, call, cut, pooled
 
@@ -55,6 +57,7 @@ WHERE a.pid = ANY (pg_catalog.pg_blocking_pids(%(pid)s)) AND a.pid <> ALL (%(our
 class _Waiting:
     """One connection: whether it is a claim's, and what the server said of it last, and during which wait."""
 
+    pid: int
     claims: bool
     said: tuple[object, ...] | None = None
 
@@ -70,7 +73,7 @@ class Watch:
     def add(self, conn: AsyncConnection[Any], *, claims: bool = False) -> None:
         """Watch over a connection until it is closed, unless a pooler is at its other end."""
         if conn not in pooled:
-            self._connections[conn] = _Waiting(claims)
+            self._connections[conn] = _Waiting(conn.info.backend_pid, claims)
 
     async def look(self) -> None:
         """Look at every connection once; to be called each `INTERVAL`. Raises Outage when Postgres cannot be asked."""
@@ -84,7 +87,7 @@ class Watch:
                 await asking.close()
 
     async def _ask(self, asking: AsyncConnection[Any], waiting: dict[AsyncConnection[Any], _Waiting]) -> None:
-        pids = {conn.info.backend_pid: conn for conn in waiting}
+        pids = {known.pid: conn for conn, known in waiting.items()}
         states = {pid: state for pid, *state in await call(asking, _STATE, {"pids": list(pids)})}
         for pid, conn in pids.items():
             known = waiting[conn]
@@ -98,7 +101,7 @@ class Watch:
             known.said = said
 
     async def _end_blockers(self, asking: AsyncConnection[Any], pid: int) -> None:
-        ours = [conn.info.backend_pid for conn in self._connections if not conn.closed]
+        ours = [known.pid for known in self._connections.values()]
         for blocker, _ in await call(asking, _END_BLOCKERS, {"pid": pid, "ours": ours}):
             extra = {"handler": self._handler, "backend": blocker}
             log.warning("ended the transaction of a member that no longer holds its partitions", extra=extra)
@@ -127,6 +130,6 @@ def _unsent(conn: AsyncConnection[Any]) -> int:
     """Return the bytes that the peer has not acknowledged: TCP is at work, and has a timeout of its own (tcp(7))."""
     try:
         (count,) = struct.unpack("i", fcntl.ioctl(conn.fileno(), termios.TIOCOUTQ, bytes(4)))
-    except OSError:
+    except (OSError, psycopg.Error):
         return 0
     return int(count)
