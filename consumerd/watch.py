@@ -39,6 +39,8 @@ INTERVAL = 1.0
 """Seconds between two looks."""
 PATIENCE = 2.0
 """Seconds that a connection has waited before the server is asked about it."""
+ASK_TIMEOUT = 5.0
+"""Seconds for the server's answer."""
 CLAIM_PATIENCE = 5.0
 """Seconds that a claim has waited before what blocks it is ended: a revoke has five seconds."""
 
@@ -81,9 +83,11 @@ class Watch:
         waiting = {conn: known for conn, known in self._connections.items() if busy_since.get(conn, patient) < patient}
         if waiting:
             asking = await self._connect()
+            timer = asyncio.get_running_loop().call_later(ASK_TIMEOUT, cut, asking)  # nobody watches over this one
             try:
                 await self._ask(asking, waiting)
             finally:
+                timer.cancel()
                 await asking.close()
 
     async def _ask(self, asking: AsyncConnection[Any], waiting: dict[AsyncConnection[Any], _Waiting]) -> None:
