@@ -1,5 +1,6 @@
 """P4: whatever is wrong with the brokers is waited for, visibly; recovery is by itself, and within seconds."""
 
+import itertools
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from confluent_kafka.admin import (
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AclBinding,
     AclBindingFilter,
     AclOperation,
@@ -24,13 +25,13 @@ from confluent_kafka.admin import (
 )
 from confluent_kafka.cimpl import NewTopic
 
-from tests.acceptance.stream import Stream, letters, make_table, source_of
+from tests.acceptance.stream import POISON_EVERY, Stream, letters, make_table, source_of
 from tests.acceptance.test_exactly_once import caught_up, handler
 from tests.acceptance.test_outages import check, state
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaCluster, KafkaServer
-from tests.servers.process import wait_until
+from tests.servers.process import free_port, wait_until
 from tests.servers.proxy import Proxy
 
 TIMEOUT = 40  # seconds for anything that a test waits for
@@ -39,6 +40,7 @@ OUTAGE = 8.0
 """Seconds that a fault lasts at least: longer than a session, and enough for backoffs to grow."""
 RECOVERY = 20.0
 """Seconds from a fault's end to the first new row, at most."""
+ASSIGNED = 'consumerd_partitions_assigned{handler="events"}'
 AUTHORIZER = {
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
     "allow.everyone.if.no.acl.found": "true",
@@ -128,7 +130,7 @@ def faults(kafka: KafkaServer, proxy: Proxy) -> dict[str, tuple[Callable[[], Non
 
 @pytest.mark.parametrize("fault", ["stopped", "killed", "frozen", "deaf", "cut off"])
 def test_a_broker_that_is_gone_is_waited_for(
-    proxy: Proxy, kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, fault: str
+    proxy: Proxy, kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, *, fault: str
 ) -> None:
     """P4: a broker gone for longer than a session is an outage that is seen and that ends within seconds."""
     stream = Stream(kafka.bootstrap, topic(2), 2)
@@ -152,6 +154,51 @@ def test_a_broker_that_is_gone_is_waited_for(
     wait_until(lambda: state(run) == "running", TIMEOUT, "the state `running`")
     assert run.stop() == 0
     check(kafka, database, stream)
+
+
+def test_a_member_cut_off_from_the_broker_alone_is_fenced(
+    proxy: Proxy, kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P2: a member that does not hear of its loss, and still reaches Postgres, is fenced, and is a member again after.
+
+    In KIP-848 the broker alone says who is dead: whoever it cannot reach holds its partitions on.
+    """
+    good = (number for number in itertools.count() if number % POISON_EVERY)  # a letter would wait for the broker
+    stream = Stream(kafka.bootstrap, topic(2), 2, _next=good)
+    make_table(database, "events")
+    slow = events(stream.topic, batch={"max_age": "15s"})
+    first = daemon(slow, kip_848(database, proxy.port))
+    stream.produce(400)
+    wait_until(lambda: first.status()["handlers"]["events"]["consumed"] == 400, TIMEOUT, "a batch to gather")
+    proxy.deaf()
+    try:
+        second = daemon(events(stream.topic), kip_848(database, kafka.port))
+        wait_until(lambda: caught_up(second, {"events": stream}), TIMEOUT, "all rows, by the second")
+        fenced = 'consumerd_fenced_writes_total{handler="events"}'
+        wait_until(lambda: first.metrics()[fenced] > 0, TIMEOUT, "a fenced write of the first")
+    finally:
+        proxy.hear()
+        proxy.cut()
+    wait_until(lambda: first.metrics()[ASSIGNED] == second.metrics()[ASSIGNED] == 1, TIMEOUT, "two that share")
+    stream.produce(400)
+    assert [first.stop(), second.stop()] == [0, 0]
+    second.start()
+    second.wait_ready()
+    wait_until(lambda: caught_up(second, {"events": stream}), TIMEOUT, "the end of the topic")
+    check(kafka, database, stream)
+
+
+def kip_848(dsn: str, port: int) -> str:
+    """Return a configuration without the properties of the session, which KIP-848 refuses."""
+    return f"""
+[kafka]
+bootstrap_servers = "127.0.0.1:{port}"
+properties = {{ "group.protocol" = "consumer" }}
+[postgres]
+dsn = "{dsn}"
+[daemon]
+listen = "127.0.0.1:{free_port()}"
+"""
 
 
 def test_a_brokers_full_disk_is_waited_for(database: str, tmp_path: Path, daemon: MakeDaemon) -> None:
@@ -208,9 +255,7 @@ def test_a_cluster_goes_on_without_one_broker_and_waits_without_two(
         stream = Stream(cluster.bootstrap, made_topic(cluster.bootstrap, 3), 2)
         make_table(database, "events")
         letters_too = {"create": True, "replication": 3}
-        run = daemon(
-            events(stream.topic, dead_letter=letters_too), {"kafka": {"bootstrap_servers": cluster.bootstrap}}
-        )
+        run = daemon(events(stream.topic, dead_letter=letters_too), {"kafka": {"bootstrap_servers": cluster.bootstrap}})
         stream.produce(1_000)
         wait_until(lambda: caught_up(run, {"events": stream}), TIMEOUT, "the first rows")
         cluster.servers[0].kill()
@@ -221,7 +266,7 @@ def test_a_cluster_goes_on_without_one_broker_and_waits_without_two(
             conn.execute("LOCK TABLE events")
             stream.produce(1_000)
             cluster.servers[1].kill()
-        wait_until(lambda: state(run) == "waiting", TIMEOUT, "the state `waiting`")
+        wait_until(lambda: state(run) == "waiting", SEEN, "the state `waiting`")
         print(words(run))  # noqa: T201
         cluster.start()
         recovers("two of three killed", database, stream)
@@ -239,7 +284,8 @@ def test_a_dead_letter_topic_deleted_in_mid_run_is_waited_for(
     """P1, P4: without its dead-letter topic the daemon waits; the command it names ends that, and no letter is lost."""
     stream = Stream(kafka.bootstrap, topic(2), 2)
     make_table(database, "events")
-    run = daemon(events(stream.topic))
+    quick = {"kafka": {"properties": {"topic.metadata.propagation.max.ms": 3_000}}}  # 30 s until a topic counts as gone
+    run = daemon(events(stream.topic), quick)
     stream.produce(500)
     wait_until(lambda: caught_up(run, {"events": stream}), TIMEOUT, "the first rows")
     gone = f"{stream.topic}.dlq"
@@ -260,7 +306,7 @@ def test_a_dead_letter_topic_deleted_in_mid_run_is_waited_for(
 
 @pytest.mark.parametrize("operation", ["READ", "WRITE"])
 def test_a_privilege_revoked_in_mid_run_halts_and_granted_goes_on(
-    kafka: KafkaServer, admin: AdminClient, database: str, topic: MakeTopic, daemon: MakeDaemon, operation: str
+    kafka: KafkaServer, admin: AdminClient, database: str, topic: MakeTopic, daemon: MakeDaemon, *, operation: str
 ) -> None:
     """P6: without READ on the topic or WRITE on the dead-letter topic it halts, skips nothing, and names the grant."""
     stream = Stream(kafka.bootstrap, topic(2), 2)
