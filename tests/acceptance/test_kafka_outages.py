@@ -112,9 +112,10 @@ def words(daemon: Daemon) -> str:
     return "; ".join(daemon.status()["handlers"]["events"]["waiting_for"].values())
 
 
-def waiting_for(daemon: Daemon, sentence: str) -> bool:
-    """Whether a daemon waits, and says so with these words in status and log."""
-    return state(daemon) == "waiting" and sentence in words(daemon) and f"waiting: {sentence}" in daemon.logs()
+def waiting_for(daemon: Daemon, source: str, sentence: str = "") -> bool:
+    """Whether a daemon waits for this, and says so with these words in status and log."""
+    said = daemon.status()["handlers"]["events"]["waiting_for"].get(source, "")
+    return state(daemon) == "waiting" and sentence in said and f"waiting: {sentence}" in daemon.logs() and bool(said)
 
 
 def faults(kafka: KafkaServer, proxy: Proxy) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
@@ -142,7 +143,7 @@ def test_a_broker_that_is_gone_is_waited_for(
     began = time.monotonic()
     begin()
     try:
-        wait_until(lambda: waiting_for(run, "Kafka"), SEEN, f"state `waiting`: {fault}")
+        wait_until(lambda: waiting_for(run, "kafka"), SEEN, f"state `waiting`: {fault}")
         print(f"{fault}: seen after {time.monotonic() - began:.1f} s: {words(run)}")  # noqa: T201
         assert run.get("/healthz")[0] == 200
         time.sleep(max(0, began + OUTAGE - time.monotonic()))
@@ -224,7 +225,7 @@ def test_a_brokers_full_disk_is_waited_for(database: str, tmp_path: Path, daemon
         meanwhile = threading.Thread(target=stream.produce, args=[100])
         meanwhile.start()
         wait_until(lambda: not server.running, TIMEOUT, "the broker's end")
-        wait_until(lambda: waiting_for(run, "Kafka"), TIMEOUT, "the state `waiting`")
+        wait_until(lambda: waiting_for(run, "kafka"), TIMEOUT, "the state `waiting`")
         print(words(run))  # noqa: T201
         ballast.unlink()
         server.start()
@@ -293,7 +294,9 @@ def test_a_dead_letter_topic_deleted_in_mid_run_is_waited_for(
     assert before == stream.bad()
     admin.delete_topics([gone])[gone].result(TIMEOUT)
     stream.produce(500)
-    wait_until(lambda: waiting_for(run, f"dead-letter topic {gone} is gone"), TIMEOUT, "the state `waiting`")
+    wait_until(
+        lambda: waiting_for(run, "dead_letter", f"dead-letter topic {gone} is gone"), TIMEOUT, "the state `waiting`"
+    )
     print(words(run))  # noqa: T201
     command = re.findall(r"make it again: kafka-topics ([^;]*)", words(run))[0]
     kafka.tool("org.apache.kafka.tools.TopicCommand", *shlex.split(command))
