@@ -373,7 +373,7 @@ class Thread(ConsumerThread):
             self.send(self.world.broker.join, self)
 
     def _revoke(self, ours: list[TopicPartition], then: Callable[[], None]) -> None:
-        """Do what `_on_revoke` does; where it waits for the loop, `then` goes on."""
+        """Run `_on_revoke` when the loop has answered what it waits for, or too late; `then` goes on."""
         self._blocked = True
         self._live.difference_update(ours)
         until = CLOCK.now + REVOKE_TIMEOUT
@@ -390,9 +390,9 @@ class Thread(ConsumerThread):
                 return
             timer.cancel()
             self._blocked = False
-            self.commits.send(self._kafka, self._owned, CLOCK.now, at_once=True)
-            self._owned.difference_update(ours)
-            self._kafka.incremental_unassign(_theirs(ours))
+            listener, self._listener = self._listener, _Answered(self._listener, in_time=task is not None)
+            self._on_revoke(self._kafka, _theirs(ours))
+            self._listener = listener
             self.send(self.world.broker.given_up, self, ours)
             self._hand_over()
             then()
@@ -416,6 +416,26 @@ class Thread(ConsumerThread):
     def _left(self) -> None:
         self.send(self.world.broker.leave, self)
         self._tell(self._close_future)
+
+
+class _Answered:
+    """A listener whose answer to a revoke is there, or is not in time: `_on_revoke` need not wait."""
+
+    def __init__(self, listener: Any, *, in_time: bool) -> None:  # noqa: ANN401
+        self._listener = listener
+        self._in_time = in_time
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._listener, name)
+
+    def revoked(self, *_: object) -> _Answered:
+        """Return what stands for the future."""
+        return self
+
+    def result(self, timeout: float) -> None:
+        """Raise if the answer is not there."""
+        if not self._in_time:
+            raise TimeoutError
 
 
 class _Commits(Commits):

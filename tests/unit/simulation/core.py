@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -105,6 +106,7 @@ def simulated() -> Iterator[None]:
         (member, "Append", lambda *_: Sink()),
         (member, "ensure_schema", _nothing),
         (TextCheckpoints, "store", _store),
+        (asyncio, "run_coroutine_threadsafe", lambda answer, _: answer),
         (postgres, "connect", _connect),
         (postgres, "cut", _cut),
         (watch, "cut", _cut),

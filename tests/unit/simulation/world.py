@@ -166,13 +166,13 @@ class World:
         if not self._alive():
             self._start()
         end = CLOCK.now + PATIENCE
-        while (left := self._unsettled()) and CLOCK.now < end:
+        while (left := self._unsettled()) and CLOCK.now < end and self.problem is None:
             await asyncio.sleep(1.0)
-        if left:
-            self.fail(f"after {PATIENCE:g} s: {left}")
         for process in self._alive():
             if process.member.progress.halted is not None or process.task.done():
                 self.fail(f"{process.name} halted: {process.member.progress.halted}")
+        if left:
+            self.fail(f"after {PATIENCE:g} s: {left}")
         self._check_table()
 
     def _unsettled(self) -> str | None:
@@ -195,7 +195,7 @@ class World:
         alive = self._alive()
         drained = await asyncio.gather(*(process.drain() for process in alive))
         for process, done in zip(alive, drained, strict=True):
-            if not done or process.member.progress.state != "stopped":
+            if not done or process.member.progress.state not in {"stopped", "starting"}:
                 self.fail(f"{process.name} did not drain: {process.member.progress.state}")
             if process.member.memory():
                 self.fail(f"{process.name} stopped and holds {process.member.memory()} bytes")
@@ -305,7 +305,8 @@ class World:
         self.latency = self.rng.choice([0.05, 0.5, 2.0])
 
     def _snapshot(self) -> None:
-        if self.database.rows:
+        rows = self.database.rows.values()
+        if rows and all(row.next_offset is not None for row in rows):  # else a restore halts, and should
             self.database.take_snapshot()
 
     def _back(self) -> None:
@@ -360,6 +361,8 @@ class World:
     def on_revoked(self, process: Process, partitions: Sequence[TopicPartition], *, in_time: bool) -> None:
         """Note that partitions were given back: nothing of them is committed from now on."""
         self.log("given back", process.name, [p.partition for p in partitions], "in time" if in_time else "late")
+        for partition in partitions:
+            self.hits[partition] += not in_time  # what was in flight was cut off, its outcome unknown
         if in_time:
             process.given_back.update({p: process.claimed.get(p, 0) for p in partitions})
 
