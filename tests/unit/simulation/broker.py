@@ -110,6 +110,7 @@ class Broker:
         """Let a member in, and give it its share."""
         if thread not in self.members:
             self.members.append(thread)
+            thread.happens(("assign", []))  # its share may be empty
         self.spread(thread)
 
     def spread(self, to: Thread | None = None) -> None:
@@ -386,8 +387,9 @@ class Thread(ConsumerThread):
             if task is not None:
                 task.result()
                 self.world.on_revoked(self.process, ours, in_time=until > CLOCK.now)
-            if not self._blocked:
+            if timer in ended:
                 return
+            ended.append(timer)
             timer.cancel()
             self._blocked = False
             listener, self._listener = self._listener, _Answered(self._listener, in_time=task is not None)
@@ -397,6 +399,7 @@ class Thread(ConsumerThread):
             self._hand_over()
             then()
 
+        ended: list[asyncio.TimerHandle] = []
         timer = self.world.loop.call_later(REVOKE_TIMEOUT + 1, end, None, context=self.process.context)
         self._tell(begin)
 

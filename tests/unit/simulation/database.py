@@ -398,7 +398,7 @@ class Database:
     def _advance(self, backend: Backend, values: Any) -> Generator[TopicPartition, None, Rows]:  # noqa: ANN401
         names = ("topics", "partitions", "epochs", "olds", "news", "leaders")
         moves = sorted(zip(*(values[name] for name in names), strict=True))
-        self.world.on_advance(backend, [TopicPartition(*move[:2]) for move in moves])
+        self.world.on_advance(backend, {TopicPartition(*move[:2]): move[2] for move in moves})
         moved: Rows = []
         for topic, number, epoch, old, new, leader in moves:
             key = TopicPartition(topic, number)

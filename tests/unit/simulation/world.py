@@ -375,13 +375,15 @@ class World:
         if partition in process.given_back and not backend.left and thread and partition not in thread._owned:
             self.fail(f"a claim of {process.name} for {partition} landed after it was given back")
 
-    def on_advance(self, backend: Backend, partitions: Sequence[TopicPartition]) -> None:
-        """Look at a write that begins: there is one of a partition at a time."""
+    def on_advance(self, backend: Backend, epochs: dict[TopicPartition, int]) -> None:
+        """Look at a write that begins: there is one of a partition at a time, under one claim."""
         process = backend.process
-        for partition in partitions:
-            for conn in process.connections:
-                other = conn.backend
-                if other is not backend and not other.left and other.transaction and partition in other.transaction.moves:
+        for conn in process.connections if not backend.left else ():
+            other = conn.backend
+            if other is backend or other.left or other.transaction is None:
+                continue
+            for partition, (epoch, _, _) in other.transaction.moves.items():
+                if epochs.get(partition) == epoch:
                     self.fail(f"{process.name} has two writes of {partition} in flight")
 
     def on_commit_sent(self, backend: Backend) -> None:
