@@ -1,8 +1,10 @@
-"""A simulated Kafka: logs, one consumer group, its committed offsets; and the Kafka thread of a member, without a thread.
+"""A simulated Kafka: logs, one consumer group, its offsets; and the Kafka thread of a member, without a thread.
 
 The group gives partitions, takes them back one by one (cooperative) and expels members that are silent. The thread is
 the daemon's own, but for what blocks: a revoke waits for the loop, here by going on when the loop has answered. What a
 member sends to its coordinator arrives in the order in which it was sent.
+
+Over 400 lines, because the group, the Consumer and the thread are three sides of one protocol.
 """
 
 from __future__ import annotations
@@ -199,7 +201,7 @@ class Consumer:
                 continue
             log = self._broker.logs[partition]
             count = self._broker.rng.randint(1, 6)
-            got = [message for message in log[max(0, _index(log, position)) :][:count]]
+            got = log[_index(log, position) :][:count]
             messages += got
             whole = not got or got[-1] is log[-1]
             self._positions[partition] = self._broker.high[partition] if whole else got[-1].at + 1
@@ -239,7 +241,7 @@ class Consumer:
         at = {partition: self._positions.get(partition) for partition in _ours(partitions)}
         return [ck.TopicPartition(*partition, -1001 if offset is None else offset) for partition, offset in at.items()]
 
-    def committed(self, partitions: list[ck.TopicPartition], timeout: float) -> list[ck.TopicPartition]:
+    def committed(self, partitions: list[ck.TopicPartition], **_: object) -> list[ck.TopicPartition]:
         """Return committed offsets."""
         if self._broker.rng.random() < self._broker.fault_rate:
             raise ck.KafkaException(ck.KafkaError(ck.KafkaError._TIMED_OUT))
@@ -250,7 +252,7 @@ class Consumer:
         """Return where a log begins and ends."""
         return 0, self._broker.high[_ours([partition])[0]]
 
-    def commit(self, offsets: list[ck.TopicPartition], asynchronous: bool) -> None:
+    def commit(self, offsets: list[ck.TopicPartition], **_: object) -> None:
         """Send a commit."""
         self._thread.send(self._broker.commit, self._thread, offsets)
 
@@ -435,7 +437,7 @@ class _Answered:
         """Return what stands for the future."""
         return self
 
-    def result(self, timeout: float) -> None:
+    def result(self, *_: object) -> None:
         """Raise if the answer is not there."""
         if not self._in_time:
             raise TimeoutError

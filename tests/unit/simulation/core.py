@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import tenacity.wait
 
-from consumerd import kafka, member, postgres, progress, watch, writer
+from consumerd import kafka, metrics, member, postgres, progress, watch, writer
 from consumerd.catalog import Column, Table
 from consumerd.checkpoint import Checkpoints
 from consumerd.encode import Encoder
@@ -30,11 +30,11 @@ class Sink:
     async def prepare(self, conn: Any) -> None:  # noqa: ANN401
         """Need nothing."""
 
-    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> Any:  # noqa: ANN401
+    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> Any:  # noqa: ANN401, ARG002
         """Leave rows as they are."""
         return rows
 
-    async def write(self, conn: Any, data: Any, rows: int, first: int = 0) -> None:  # noqa: ANN401
+    async def write(self, conn: Any, data: Any, rows: int, first: int = 0) -> None:  # noqa: ANN401, ARG002
         """Copy rows into the simulated table."""
         await conn.execute(database.COPY, data)
 
@@ -84,7 +84,7 @@ class _Metric:
 
 
 METRICS = SimpleNamespace(
-    **{name: _Metric() for name, value in vars(progress.metrics).items() if hasattr(value, "labels")},
+    **{name: _Metric() for name, value in vars(metrics).items() if hasattr(value, "labels")},
     STATES=(),
     declare=lambda _: None,
 )

@@ -3,6 +3,8 @@
 It knows the statements that the daemon says, by their text, and answers them as READ COMMITTED does: a row that is
 locked is waited for and looked at again. A client that is gone is noticed only between two statements, as by a real
 backend, so what was sent before may still take effect.
+
+Over 400 lines, because locks, transactions and statements are one server.
 """
 
 from __future__ import annotations
@@ -243,7 +245,12 @@ class Database:
         self.world.loop.call_later(self.rng.random() * self.world.latency, function, *values, context=NEUTRAL)
 
     def _arrive(
-        self, conn: Connection, query: object, values: Any, waiter: asyncio.Future[Cursor], fault: str | None  # noqa: ANN401
+        self,
+        conn: Connection,
+        query: object,
+        values: Any,  # noqa: ANN401
+        waiter: asyncio.Future[Cursor],
+        fault: str | None,
     ) -> None:
         backend = conn.backend
         if fault == "before":

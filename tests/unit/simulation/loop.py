@@ -97,7 +97,7 @@ class Loop(asyncio.BaseEventLoop):
         """Call back after so many callbacks."""
         self._due, self._callback = self.steps + steps, callback
 
-    def run_in_executor(self, executor: object, func: Callable[..., Any], *args: object) -> asyncio.Future[Any]:  # type: ignore[override]
+    def run_in_executor(self, _: object, func: Callable[..., Any], *args: object) -> asyncio.Future[Any]:
         """Run a function a while later."""
         future = self.create_future()
 
@@ -133,13 +133,13 @@ class Loop(asyncio.BaseEventLoop):
         owner = handle._context.get(OWNER)  # type: ignore[attr-defined]
         if owner is not None and (owner.frozen or owner.dead):
             owner.held.append(handle)
-        elif not handle._cancelled:  # type: ignore[attr-defined]
+        elif not handle._cancelled:
             handle._run()
 
     def _next(self) -> asyncio.Handle | None:
         ready, scheduled = self._ready, self._scheduled
         if not ready:
-            while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
+            while scheduled and scheduled[0]._cancelled:
                 heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
             if not scheduled:
                 if self._stopping:  # type: ignore[attr-defined]
