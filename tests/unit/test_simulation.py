@@ -81,7 +81,7 @@ def test_a_seed_is_always_the_same(kind: str, mode: str) -> None:
 
 MUTANTS: dict[str, tuple[type, str, str, str, str, str]] = {
     "the lease is not compared": (
-        Member, "holds", ".get(batch.partition) is lease and", ".get(batch.partition) is not None and", "all", "postgres"),
+        Member, "holds", ".get(batch.partition) is lease", ".get(batch.partition) is not None", "all", "postgres"),
     "a revoke neither waits nor cuts": (
         Member, "revoked", "await self._settle(partitions, deadline)", "pass", "rebalance", "postgres"),
     "claims are not awaited by a revoke": (

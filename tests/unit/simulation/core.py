@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import tenacity.wait
 
-from consumerd import kafka, metrics, member, postgres, progress, watch, writer
+from consumerd import kafka, member, metrics, postgres, progress, watch, writer
 from consumerd.catalog import Column, Table
 from consumerd.checkpoint import Checkpoints
 from consumerd.encode import Encoder
