@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SEEDS = int(os.environ.get("CONSUMERD_SIMULATION_SEEDS", "150"))
 MUTANT_SEEDS = 400
-"""Seeds within which a mutant must be caught; most are in the first ten."""
+"""Seeds within which a mutant must be caught."""
 TRACED = 60
 """Last lines of a trace that are shown."""
 WORLDS = [

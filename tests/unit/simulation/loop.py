@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EPOCH = 1_700_000_000.0
 """Wall-clock seconds when virtual time is 0."""
 MAX_STEPS = 100_000
-"""Callbacks after which a seed is taken to go in circles; the longest need a fifth of it."""
+"""Callbacks after which a seed is taken to go in circles."""
 
 
 class Owner:
