@@ -543,6 +543,10 @@ class Member:
 
         async def halt_behind_it() -> None:
             await self._flush([partition], "drain", None)
+            try:
+                await self.confirm_topics()
+            except Halt as another:
+                self.failed(another)
             if partition in self._assignment.leases:
                 self.failed(halt)
 
@@ -597,8 +601,9 @@ class Member:
                 if writer.writing and any(b.partition in gone and self.holds(b, lease) for b, lease in writer.work)
             ]
 
-        if not await self._wait(lambda: not in_flight(), deadline):
-            for writer in in_flight():
+        await self._wait(lambda: not in_flight(), deadline)
+        for writer in self._writers:  # a probe, too, holds the checkpoint's lock
+            if any(batch.partition in gone and self.holds(batch, lease) for batch, lease in writer.work):
                 writer.cut()
 
     async def _wait(self, condition: Callable[[], bool], deadline: float | None) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,8 +51,7 @@ AUTHORIZER = {
 @pytest.fixture(scope="module")
 def broker(servers_folder: Path) -> Iterator[tuple[KafkaServer, Proxy]]:
     """Start a broker of this file's own, with access lists and a second listener behind a proxy."""
-    folder = servers_folder / "kafka-outages"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="kafka-outages-", dir=servers_folder))
     server = KafkaServer(folder, AUTHORIZER)
     proxy = Proxy(server.second_port)
     server.advertise(proxy.port)
