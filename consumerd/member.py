@@ -86,11 +86,11 @@ class Member:
         self.mapping: Mapping
         self._loading = asyncio.Lock()
         self.checkpoints: Checkpoints | KafkaCheckpoints
-        self.watch = Watch(self._connect, handler.name)
         self.limit = handler.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
         self._tails: dict[TopicPartition, float] = {}
         self._lost_connection = asyncio.Event()
+        self.watch = Watch(self._connect, handler.name, self._lost_connection.set)
         self.bound = int(memory * (1 - LIBRDKAFKA_SHARE))
         self._queue_memory = memory - self.bound
         self._enough = BATCHES_PER_CONNECTION * handler.max_connections * handler.batch.max_messages
@@ -190,7 +190,7 @@ class Member:
 
     def _still_outside(self) -> None:
         """Say that the group has not let this member in yet."""
-        if self.progress.state == "starting":
+        if self.progress.state == "starting" and not self._assignment.assigned:
             sentence = (
                 f"group {self.handler.group_id} has not let this member in yet: a member that died is in it until its "
                 f"session times out (session.timeout.ms, 45 s by default)"

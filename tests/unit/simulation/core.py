@@ -111,6 +111,7 @@ def simulated() -> Iterator[None]:
         (postgres, "cut", _cut),
         (watch, "cut", _cut),
         (watch, "_unsent", lambda _: 0),
+        (watch, "_hung_up", lambda conn: conn.was_cut or conn.backend.gone),
         (writer, "fingerprint_query", lambda _: database.FINGERPRINT),
     ]
     patches = [patch.object(target, name, value) for target, name, value in replaced]
