@@ -39,14 +39,25 @@ MAX_MESSAGE_BYTES = 20 * 1024 * 1024  # tests send a value of 10 MB
 class KafkaServer:
     """One broker, its own controller. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(self, folder: Path, properties: Mapping[str, str] | None = None) -> None:
-        """Prepare a broker in ``folder``; ``properties`` are added to its server.properties, or replace lines there."""
+    def __init__(
+        self, folder: Path, properties: Mapping[str, str] | None = None, proxied: tuple[int, int] | None = None
+    ) -> None:
+        """Prepare a broker in ``folder``; ``properties`` are added to its server.properties, or replace lines there.
+
+        ``proxied`` is a second listener: its port, and the proxy's port at which its clients are told to find it.
+        """
         self.folder = folder
         self.port = free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
         self.log = folder / "kafka.log"
         self._process: Process | None = None
-        self._properties = _properties(folder / "data", self.port, free_port()) | dict(properties or {})
+        self._properties = _properties(folder / "data", self.port, free_port())
+        if proxied is not None:
+            listener, told = proxied
+            self._properties["listeners"] += f",PROXIED://127.0.0.1:{listener}"
+            self._properties["advertised.listeners"] += f",PROXIED://127.0.0.1:{told}"
+            self._properties["listener.security.protocol.map"] += ",PROXIED:PLAINTEXT"
+        self._properties |= dict(properties or {})
 
     @property
     def running(self) -> bool:

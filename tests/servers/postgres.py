@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,8 +29,10 @@ INITDB_TIMEOUT = 60  # seconds: it takes 1
 class PostgresServer:
     """One cluster. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+        """Prepare a cluster in ``folder``; ``settings`` are the server's, beside or in place of those of all tests."""
         self.folder = folder
+        self._settings = dict(settings or {})
         self.port = free_port()
         self.dsn = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
         self.log = folder / "postgres.log"
@@ -53,6 +56,7 @@ class PostgresServer:
             "unix_socket_directories": "",
             "max_connections": "200",
             "fsync": "on",
+            **self._settings,
         }
         self._process = Process(
             [

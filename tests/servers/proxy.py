@@ -1,7 +1,8 @@
 """A TCP proxy on loopback that breaks connections on purpose.
 
 It runs an event loop in a thread of its own, so that a test may block. ``stop`` refuses and resets, ``cut`` resets what
-is open and keeps listening, ``deaf`` swallows every byte both ways while the connections stay up (a half-open peer).
+is open and keeps listening, ``deaf`` swallows every byte both ways while the connections stay up (a half-open peer),
+``slow`` holds every chunk back for a while.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._deaf = False
+        self._delay = 0.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -50,6 +52,10 @@ class Proxy:
     def hear(self) -> None:
         """Carry bytes again. What was swallowed stays lost: cut() the connections that missed it."""
         self._deaf = False
+
+    def slow(self, seconds: float) -> None:
+        """Hold back each chunk of up to 64 KiB, both ways, for so long; 0 ends it."""
+        self._delay = seconds
 
     def close(self) -> None:
         """Stop, and end the thread."""
@@ -105,6 +111,8 @@ class Proxy:
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while chunk := await reader.read(CHUNK):
+                if self._delay:
+                    await asyncio.sleep(self._delay)
                 if not self._deaf:
                     writer.write(chunk)
                     await writer.drain()
