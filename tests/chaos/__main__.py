@@ -12,12 +12,13 @@ from tests.chaos import report, segment
 from tests.chaos.faults import KINDS
 from tests.chaos.segment import Plan
 from tests.chaos.variant import PROTOCOLS
-from tests.chaos.world import World, make_folder
+from tests.chaos.world import World, end_in_order, make_folder
 
 
 def main() -> int:
     """Run what is missing of a run, and print its table; 0 when every segment passed."""
     given = _arguments()
+    end_in_order()
     folder: Path = given.report
     folder.mkdir(parents=True, exist_ok=True)
     results_file = folder / "segments.jsonl"

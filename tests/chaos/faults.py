@@ -13,12 +13,14 @@ from typing import ClassVar
 import psycopg
 
 from tests.chaos.fleet import NOT_DRAINED, SLOTS
-from tests.chaos.stage import Stage
-from tests.chaos.variant import Variant
+from tests.chaos.stage import LOCKS, Stage
+from tests.chaos.variant import HANDLERS, Variant
 from tests.chaos.world import LOADER, SESSION_TIMEOUT_MS
 
 OURS = "application_name LIKE 'consumerd/%' AND datname = current_database()"
 MIB = 1 << 20
+REWIND = 3000
+"""Most offsets by which a partition is set back."""
 
 
 class Fault:
@@ -122,6 +124,26 @@ class Join(_OfDaemon):
         status = stage.fleet.slots[self.slot].stop()
         if status not in {0, NOT_DRAINED}:
             stage.fleet.problems.append(f"daemon {self.slot} answered SIGTERM with {status}")
+
+
+class Rewind(Fault):
+    """An operator's reset: all daemons stopped, offsets set back with Kafka's own tool, started again."""
+
+    kind, weight, lasts = "offsets set back", 1, (0.0, 1.0)
+    holds = frozenset(LOCKS)
+
+    def begin(self, stage: Stage) -> None:
+        self._stopped = [slot for slot in stage.fleet.slots if slot.wanted]
+        for slot in self._stopped:
+            slot.stop()
+        stage.wait_for_backends()
+        for handler in HANDLERS:
+            if handler == "upsert" or not stage.variant.primary_key:
+                stage.rewind(handler, {part: self.dice.randint(0, REWIND) for part in range(stage.producer.partitions)})
+
+    def end(self, stage: Stage) -> None:  # noqa: ARG002
+        for slot in self._stopped:
+            slot.start()
 
 
 class BrokerStop(Fault):
@@ -365,7 +387,7 @@ class DiskFull(Fault):
 KINDS: dict[str, type[Fault]] = {
     fault.kind: fault
     for fault in (
-        *(Kill, Pause, Hang, Terminate, Join),
+        *(Kill, Pause, Hang, Terminate, Join, Rewind),
         *(BrokerStop, BrokerKill, KafkaCut, KafkaDeaf, KafkaSlow, Grow),
         *(PostgresStop, PostgresKill, PostgresCut, PostgresDeaf, PostgresSlow),
         *(TableLock, RowLock, Cancel, TerminateBackends, NoConnections, ReadOnly, DiskFull),

@@ -17,7 +17,7 @@ from typing import Any
 from tests.chaos import segment
 from tests.chaos.segment import Plan
 from tests.chaos.variant import Protocol
-from tests.chaos.world import World, make_folder
+from tests.chaos.world import World, end_in_order, make_folder
 from tests.servers.daemon import REPOSITORY
 
 SECONDS = 50.0
@@ -180,6 +180,7 @@ def copy_of(mutant: Mutant, folder: Path) -> Path:
 
 def main(names: Sequence[str], seed: int) -> int:
     """Run mutants and print how each was caught; 0 when all were."""
+    end_in_order()
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     lines = []
     survived = 0

@@ -1,10 +1,10 @@
 """The schedule of a segment: which fault comes when, drawn from its seed."""
 
 import random
-import threading
 import time
 import traceback
 from collections.abc import Collection, Iterable
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 from tests.chaos.faults import KINDS, Fault
@@ -51,7 +51,7 @@ def draw(
 
 
 class Execution:
-    """The faults of one segment, each on a thread of its own."""
+    """The faults of one segment, side by side."""
 
     def __init__(self, stage: Stage, plan: Iterable[Planned]) -> None:
         self._stage = stage
@@ -61,25 +61,22 @@ class Execution:
 
     def run(self, started: float) -> None:
         """Start each fault when it is due, and return when all are over."""
-        threads = []
+        running = {}
         for planned in self._plan:
             time.sleep(max(0.0, started + planned.at - time.monotonic()))
-            thread = threading.Thread(target=self._perform, args=[planned.fault], name=planned.fault.kind, daemon=True)
-            thread.start()
-            threads.append(thread)
-        deadline = time.monotonic() + OVER_TIMEOUT
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                self.problems.append(f"the fault {thread.name} is not over")
+            running[self._stage.world.threads.submit(self._perform, planned.fault)] = planned.fault
+        for late in wait(running, OVER_TIMEOUT).not_done:
+            self.problems.append(f"the fault {running[late]} is not over")
 
     def _perform(self, fault: Fault) -> None:
         try:
             with self._stage.holding(fault.locks()):
                 began = time.monotonic()
-                fault.begin(self._stage)
-                time.sleep(fault.seconds)
-                fault.end(self._stage)
+                try:
+                    fault.begin(self._stage)
+                    time.sleep(fault.seconds)
+                finally:
+                    fault.end(self._stage)
                 self.done.append(Done(kind=fault.kind, began=began, ended=time.monotonic()))
-        except Exception:  # noqa: BLE001 - the root of a thread; the segment fails with it
+        except Exception:  # noqa: BLE001 - the root of a thread: the segment fails with it
             self.problems.append(f"the fault {fault.kind} failed: {traceback.format_exc()}")

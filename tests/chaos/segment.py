@@ -15,10 +15,10 @@ from tests.chaos.recovery import Recovery
 from tests.chaos.stage import Stage
 from tests.chaos.variant import HANDLERS, Mode, Protocol
 from tests.chaos.world import World
-from tests.servers.process import wait_until
 
 PRODUCE_TIMEOUT = 300.0
-CATCH_UP_TIMEOUT = 240.0
+STANDSTILL = 60.0
+"""Seconds without any checkpoint moving after which nothing more is waited for."""
 LOOK = 1.0
 """Seconds between two looks at daemons and checkpoints."""
 
@@ -106,15 +106,17 @@ def _run(
 
 
 def _catch_up(stage: Stage, ends: dict[int, int]) -> None:
-    """Wait until both handlers' checkpoints stand at the logs' ends; what stands still then is found by the check."""
-
-    def caught_up() -> bool:
+    """Wait until both handlers' checkpoints stand at the logs' ends, as long as any of them moves."""
+    before: list[dict[int, int]] = []
+    moved = time.monotonic()
+    while True:
         stage.fleet.look()
+        now = [stage.checkpoints(handler) for handler in HANDLERS]
+        if all(checkpoints == ends for checkpoints in now):
+            return
+        if now != before:
+            before, moved = now, time.monotonic()
+        elif time.monotonic() - moved > STANDSTILL:
+            stage.fleet.problems.append(f"checkpoints stand still at {now}, the logs end at {ends}")
+            return
         time.sleep(LOOK)
-        return bool(stage.fleet.problems) or all(stage.checkpoints(handler) == ends for handler in HANDLERS)
-
-    try:
-        wait_until(caught_up, CATCH_UP_TIMEOUT, "checkpoints at the ends of the logs")
-    except TimeoutError as error:
-        behind = {handler: stage.checkpoints(handler) for handler in HANDLERS}
-        stage.fleet.problems.append(f"{error}: {behind}, ends {ends}")

@@ -1,7 +1,7 @@
 """One segment while it runs: its topic, database, daemons and producer, and the locks that keep faults apart."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.cimpl import NewTopic
 
 from tests.chaos.fleet import SLOTS, Fleet
-from tests.chaos.ledger import Ledger
+from tests.chaos.ledger import Ledger, Rewind
 from tests.chaos.producer import MAX_PARTITIONS, Order, ProducerProcess
 from tests.chaos.records import TABLE, Records
 from tests.chaos.variant import HANDLERS, Variant, group
@@ -19,6 +19,8 @@ from tests.servers.process import wait_until
 LOCKS = (*(f"daemon {n}" for n in range(SLOTS)), "kafka", "kafka proxy", "postgres", "postgres proxy")
 """Taken in this order, so that no two faults wait for each other."""
 TOPIC_TIMEOUT = 60.0
+RESET_TIMEOUT = 60.0
+BACKENDS_TIMEOUT = 60.0
 QUESTION_TIMEOUT = 10.0
 SLOW_COMMIT = """
 CREATE FUNCTION slow_{name}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END';
@@ -33,6 +35,7 @@ class Stage:
         self, world: World, folder: Path, name: str, variant: Variant, order: Order, package: Path | None
     ) -> None:
         self.world = world
+        self.folder = folder
         self.variant = variant
         self.topic = self.database = name
         self.records = Records(order.seed)
@@ -82,6 +85,40 @@ class Stage:
                 *("--partitions", str(partitions)),
             )
             self.producer.grow(partitions)
+
+    def wait_for_backends(self) -> None:
+        """Wait until Postgres has ended the sessions of daemons that are gone: a COMMIT may still be on its way."""
+        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'consumerd/%%' AND datname = %s"
+        with self.world.superuser() as conn:
+            wait_until(
+                lambda: conn.execute(query, [self.database]).fetchone() == (0,), BACKENDS_TIMEOUT, "backends to end"
+            )
+
+    def rewind(self, handler: str, by: Mapping[int, int]) -> None:
+        """Set a group's offsets back from where its checkpoints stand, as an operator does; no daemon runs."""
+        stood = self.checkpoints(handler)
+        before = self.committed(handler)
+        to = {part: max(0, offset - by[part]) for part, offset in stood.items()}
+        plan = self.folder / "reset.csv"
+        plan.write_text("".join(f"{self.topic},{part},{offset}\n" for part, offset in to.items()), encoding="ascii")
+        command = (
+            *("--bootstrap-server", self.world.kafka.bootstrap, "--group", group(self.topic, handler)),
+            *("--reset-offsets", "--from-file", str(plan), "--execute"),
+        )
+        answers: list[str] = []
+
+        def done() -> bool:
+            answers[:] = [self.world.kafka.tool("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", *command)]
+            return {part: found.offset for part, found in self.committed(handler).items() if part in to} == to
+
+        # A killed member is in its group until its session has timed out, and the tool wants no members.
+        try:
+            wait_until(done, RESET_TIMEOUT, "the reset")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {answers}") from None
+        for part, offset in to.items():
+            adopted = bool(before[part].metadata)
+            self.ledgers[handler].rewind(part, Rewind(stood[part], offset), before_was_adopted=adopted)
 
     def ends(self) -> dict[int, int]:
         """Return the end of each partition's log."""

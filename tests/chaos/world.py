@@ -5,8 +5,12 @@ allowed there is none, and no fault fills it.
 """
 
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -23,15 +27,23 @@ LOADER = "loader"
 """The daemons' role: no superuser, so that it runs out of connections before the checker does."""
 TABLESPACE = "small_disk"
 DISK_MIB = 1024
+THREADS = 128
+"""More than faults that are under way or wait for a lock at one time."""
+LOOK = 0.1
 REACHABLE_TIMEOUT = 120.0
 """Seconds in which a server that a fault took away comes back."""
 
 
 class World:
-    """Everything that outlives a segment."""
+    """Everything that outlives a segment.
+
+    `threads` do what faults do: the kernel ends a server when the thread that started it ends (`lifeline.py`), so
+    these end only with the servers.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.threads = ThreadPoolExecutor(THREADS, "fault")
         inner = free_port()
         self.kafka_proxy = Proxy(inner)
         seconds = str(SESSION_TIMEOUT_MS)
@@ -70,6 +82,7 @@ class World:
         self.kafka.close()
         self.kafka_proxy.close()
         self.postgres_proxy.close()
+        self.threads.shutdown(wait=False, cancel_futures=True)
         if self.disk is not None:
             subprocess.run(["umount", "--lazy", str(self.disk)], check=False)
 
@@ -80,16 +93,22 @@ class World:
     def superuser(self, database: str = "postgres") -> "psycopg.Connection[tuple[object, ...]]":
         """Connect as the checker, which has connections of its own; waits while Postgres is away."""
         found: list[psycopg.Connection[tuple[object, ...]]] = []
+        errors: list[str] = []
 
         def connected() -> bool:
             try:
                 dsn = f"{self.postgres.dsn} dbname={database}"
                 found.append(psycopg.connect(dsn, autocommit=True, application_name="chaos", connect_timeout=5))
-            except psycopg.OperationalError:
+            except psycopg.OperationalError as error:
+                errors[:] = [str(error)]
+                time.sleep(LOOK)
                 return False
             return True
 
-        wait_until(connected, REACHABLE_TIMEOUT, "Postgres")
+        try:
+            wait_until(connected, REACHABLE_TIMEOUT, "Postgres")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {errors}") from None
         return found[0]
 
     def daemons_dsn(self, database: str) -> str:
@@ -119,6 +138,11 @@ class World:
         with self.superuser() as conn:
             conn.execute(f"CREATE TABLESPACE {TABLESPACE} LOCATION '{space}'".encode())
         return disk
+
+
+def end_in_order() -> None:
+    """Have SIGTERM end this process as Ctrl-C does: with what it started, and its mount."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def make_folder() -> Path:
