@@ -9,6 +9,7 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from confluent_kafka import TopicPartition
 
@@ -81,9 +82,7 @@ def check_log(stage: Stage, ends: Mapping[int, int]) -> None:
         consumer.close()
 
 
-def check_append(
-    ledger: Ledger, rows: Mapping[int, list[int]], ends: Mapping[int, int], verdict: Verdict
-) -> None:
+def check_append(ledger: Ledger, rows: Mapping[int, list[int]], ends: Mapping[int, int], verdict: Verdict) -> None:
     """Compare the append table's rows, in the order of insertion, with the ledger."""
     for part in sorted(ends.keys() | rows.keys()):
         expected = ledger.rows(part, ends.get(part, 0))
@@ -102,12 +101,10 @@ def check_append(
 
 def descents(rows: list[int]) -> list[int]:
     """Return each row that stands behind a later one."""
-    return [after for before, after in zip(rows, rows[1:], strict=False) if after < before]
+    return [after for before, after in pairwise(rows) if after < before]
 
 
-def check_upsert(
-    ledger: Ledger, rows: Mapping[int, list[int]], ends: Mapping[int, int], verdict: Verdict
-) -> None:
+def check_upsert(ledger: Ledger, rows: Mapping[int, list[int]], ends: Mapping[int, int], verdict: Verdict) -> None:
     """Compare the upsert table with the last good record of each key."""
     group_of = ledger.records.group
     for part in sorted(ends.keys() | rows.keys()):

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002, ARG003, D102 - the methods of a fault are described at Fault, and not each needs all it gets
 """The kinds of fault. Each begins, lasts, and ends, and leaves everything as it was; faults of different kinds overlap.
 
 A fault holds the locks of what it takes away, so that nobody else starts it meanwhile. One that works through Postgres
@@ -7,7 +8,6 @@ or Kafka waits until they are there.
 import random
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import ClassVar
 
 import psycopg
@@ -37,7 +37,7 @@ class Fault:
         self.dice = random.Random(dice.random())
 
     @classmethod
-    def fits(cls, variant: Variant) -> bool:  # noqa: ARG003
+    def fits(cls, variant: Variant) -> bool:
         """Whether it can happen in this setting."""
         return True
 
@@ -141,7 +141,7 @@ class Rewind(Fault):
             if handler == "upsert" or not stage.variant.primary_key:
                 stage.rewind(handler, {part: self.dice.randint(0, REWIND) for part in range(stage.producer.partitions)})
 
-    def end(self, stage: Stage) -> None:  # noqa: ARG002
+    def end(self, stage: Stage) -> None:
         for slot in self._stopped:
             slot.start()
 
@@ -288,7 +288,7 @@ class TableLock(Fault):
             self._conn.execute("BEGIN")
             self._conn.execute(self.statement.format(table=table).encode())
 
-    def end(self, stage: Stage) -> None:  # noqa: ARG002
+    def end(self, stage: Stage) -> None:
         self._conn.close()
 
 
@@ -339,7 +339,7 @@ class NoConnections(Fault):
                     if not conn.execute(ours.encode()).fetchall():
                         return
 
-    def end(self, stage: Stage) -> None:  # noqa: ARG002
+    def end(self, stage: Stage) -> None:
         for conn in self._held:
             conn.close()
 
@@ -375,12 +375,12 @@ class DiskFull(Fault):
     def begin(self, stage: Stage) -> None:
         if stage.world.disk is None:
             raise RuntimeError("there is no small disk")
-        self._junk: Path = stage.world.disk / "junk"
+        self._junk = stage.world.disk / "junk"
         with self._junk.open("wb", buffering=0) as junk, suppress(OSError):
             while True:
                 junk.write(bytes(MIB))
 
-    def end(self, stage: Stage) -> None:  # noqa: ARG002
+    def end(self, stage: Stage) -> None:
         self._junk.unlink()
 
 

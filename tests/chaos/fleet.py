@@ -31,6 +31,10 @@ class Slot:
         """Whether it should be running."""
         self.peak_rss = 0
 
+    def ended_by_itself(self) -> bool:
+        """Whether it is gone and nobody has ended it."""
+        return self.wanted and not self.daemon.running
+
     def start(self) -> None:
         """Start it, and do not wait for it."""
         self.daemon.start()
@@ -88,9 +92,9 @@ class Fleet:
     def look(self) -> None:
         """Note daemons that ended by themselves, and halts that are new in the logs."""
         for number, slot in enumerate(self.slots):
-            if slot.wanted and slot.lock.acquire(blocking=False):
+            if slot.lock.acquire(blocking=False):
                 try:
-                    if slot.wanted and not slot.daemon.running:
+                    if slot.ended_by_itself():
                         slot.wanted = False
                         self.problems.append(f"daemon {number} ended by itself with {slot.daemon.process.wait(1)}")
                 finally:

@@ -1,4 +1,4 @@
-"""What must be in the tables: each partition's records up to its end, and again where an operator set an offset back."""
+"""What must be in the tables: each partition's records up to its end, and again where an operator set it back."""
 
 from collections import defaultdict
 from collections.abc import Iterator

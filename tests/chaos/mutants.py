@@ -104,7 +104,11 @@ MUTANTS = (
             Change(
                 file="dead_letter.py",
                 old="        due = [position for position in batch.refused if position not in batch.lettered]\n",
-                new='        due = [p for p, r in batch.refused.items() if p not in batch.lettered and r.stage == "decode"]\n',
+                new="        due = [\n"
+                "            position\n"
+                "            for position, refusal in batch.refused.items()\n"
+                '            if position not in batch.lettered and refusal.stage == "decode"\n'
+                "        ]\n",
             ),
         ),
     ),

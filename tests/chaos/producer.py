@@ -11,12 +11,15 @@ import random
 import time
 from bisect import bisect
 from dataclasses import dataclass, field
-from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from multiprocessing.synchronize import Event
+from typing import TYPE_CHECKING
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from tests.chaos.records import Records
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 
 MAX_PARTITIONS = 64
 WAVE = 3.0
@@ -68,7 +71,7 @@ class ProducerProcess:
 
     def acknowledged(self) -> list[int]:
         """Return how many records of each partition the broker has acknowledged."""
-        return list(self._shared.acknowledged)[: self.partitions]
+        return [int(count) for count in self._shared.acknowledged[: self.partitions]]
 
     @property
     def running(self) -> bool:

@@ -52,10 +52,10 @@ class Recovery:
             try:
                 with self._stage.world.superuser(self._stage.database) as conn:
                     while not self._over.wait(INTERVAL):
-                        seen = dict(conn.execute(QUERY).fetchall())
+                        seen = {str(name): int(str(total)) for name, total in conn.execute(QUERY).fetchall()}
                         self._times.append(time.monotonic())
                         for name, sums in self._sums.items():
-                            sums.append(int(str(seen.get(name, 0))))
+                            sums.append(seen.get(name, 0))
             except psycopg.Error:
                 self._over.wait(INTERVAL)  # not there, or the daemons have not made their schema yet
             except TimeoutError:

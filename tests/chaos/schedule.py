@@ -38,9 +38,7 @@ def draw(
     dice: random.Random, variant: Variant, *, faults: int, seconds: float, kinds: Collection[str] | None
 ) -> list[Planned]:
     """Draw the faults: a bag of all kinds by weight, shuffled, as often as needed; times are uniform."""
-    fitting = [
-        kind for name, kind in KINDS.items() if kind.fits(variant) and (kinds is None or name in kinds)
-    ]
+    fitting = [kind for name, kind in KINDS.items() if kind.fits(variant) and (kinds is None or name in kinds)]
     bag = [kind for kind in fitting for _ in range(kind.weight)]
     chosen: list[type[Fault]] = []
     while len(chosen) < faults:

@@ -46,6 +46,13 @@ def run(world: World, plan: Plan, number: int, folder: Path) -> dict[str, Any]:
     print(f"segment {number}, seed {seed}: {setting.told()}", flush=True)
     for entry in planned:
         print(f"  {entry.at:6.1f} s  {entry.fault}", flush=True)
+    order = Order(
+        bootstrap=world.kafka.bootstrap,
+        topic=f"chaos-{plan.seed}-{number}",
+        seed=seed,
+        records=plan.records,
+        seconds=plan.seconds,
+    )
     started = time.monotonic()
     result: dict[str, Any] = {
         "segment": number,
@@ -59,7 +66,7 @@ def run(world: World, plan: Plan, number: int, folder: Path) -> dict[str, Any]:
         "problems": [],
     }
     try:
-        _run(world, plan, setting, planned, f"chaos-{plan.seed}-{number}", seed, folder, result)
+        _run(world, plan, setting=setting, planned=planned, order=order, folder=folder, result=result)
     except Exception:  # noqa: BLE001 - a segment that breaks is one that failed; the next is run
         result["problems"].append(traceback.format_exc())
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -70,17 +77,14 @@ def run(world: World, plan: Plan, number: int, folder: Path) -> dict[str, Any]:
 def _run(
     world: World,
     plan: Plan,
+    *,
     setting: variant.Variant,
     planned: Collection[schedule.Planned],
-    name: str,
-    seed: str,
+    order: Order,
     folder: Path,
     result: dict[str, Any],
 ) -> None:
-    order = Order(
-        bootstrap=world.kafka.bootstrap, topic=name, seed=seed, records=plan.records, seconds=plan.seconds
-    )
-    stage = Stage(world, folder, name, setting, order, plan.package)
+    stage = Stage(world, folder, variant=setting, order=order, package=plan.package)
     try:
         recovery = Recovery(stage)
         execution = schedule.Execution(stage, planned)

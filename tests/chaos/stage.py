@@ -31,13 +31,11 @@ CREATE CONSTRAINT TRIGGER slow AFTER INSERT OR UPDATE ON {name} DEFERRABLE INITI
 class Stage:
     """Made for one segment; `close` leaves nothing of it on the servers."""
 
-    def __init__(
-        self, world: World, folder: Path, name: str, variant: Variant, order: Order, package: Path | None
-    ) -> None:
+    def __init__(self, world: World, folder: Path, *, variant: Variant, order: Order, package: Path | None) -> None:
         self.world = world
         self.folder = folder
         self.variant = variant
-        self.topic = self.database = name
+        name = self.topic = self.database = order.topic
         self.records = Records(order.seed)
         self.ledgers = {handler: Ledger(self.records) for handler in HANDLERS}
         self._locks = {lock: threading.Lock() for lock in LOCKS}

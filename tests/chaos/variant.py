@@ -79,9 +79,10 @@ class Variant:
 
 def draw(dice: random.Random, *, mode: Mode, small_disk: bool, protocol: Protocol | None) -> Variant:
     """Draw a segment's setting."""
+    drawn = dice.choice(PROTOCOLS)
     return Variant(
         mode=mode,
-        protocol=protocol or dice.choice(PROTOCOLS),
+        protocol=drawn if protocol is None else protocol,
         daemons=dice.randint(1, 4),
         partitions=dice.randint(3, 12),
         primary_key=dice.random() < 1 / 3,
