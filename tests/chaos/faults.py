@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import psycopg
 
-from tests.chaos.fleet import NOT_DRAINED, SLOTS
+from tests.chaos.fleet import SLOTS
 from tests.chaos.stage import LOCKS, Stage
-from tests.chaos.variant import HANDLERS, Variant
+from tests.chaos.variant import Variant
 from tests.chaos.world import LOADER, SESSION_TIMEOUT_MS
 
 OURS = "application_name LIKE 'consumerd/%' AND datname = current_database()"
@@ -101,8 +101,7 @@ class Terminate(_OfDaemon):
 
     def begin(self, stage: Stage) -> None:
         status = stage.fleet.slots[self.slot].stop()
-        if status not in {0, NOT_DRAINED}:
-            stage.fleet.problems.append(f"daemon {self.slot} answered SIGTERM with {status}")
+        stage.fleet.note_exit(self.slot, status)
 
     def end(self, stage: Stage) -> None:
         stage.fleet.slots[self.slot].start()
@@ -122,8 +121,7 @@ class Join(_OfDaemon):
 
     def end(self, stage: Stage) -> None:
         status = stage.fleet.slots[self.slot].stop()
-        if status not in {0, NOT_DRAINED}:
-            stage.fleet.problems.append(f"daemon {self.slot} answered SIGTERM with {status}")
+        stage.fleet.note_exit(self.slot, status)
 
 
 class Rewind(Fault):
@@ -132,12 +130,16 @@ class Rewind(Fault):
     kind, weight, lasts = "offsets set back", 1, (0.0, 1.0)
     holds = frozenset(LOCKS)
 
+    @classmethod
+    def fits(cls, variant: Variant) -> bool:
+        return variant.mode == "postgres"
+
     def begin(self, stage: Stage) -> None:
         self._stopped = [slot for slot in stage.fleet.slots if slot.wanted]
         for slot in self._stopped:
             slot.stop()
         stage.wait_for_backends()
-        for handler in HANDLERS:
+        for handler in stage.variant.handlers:
             if handler == "upsert" or not stage.variant.primary_key:
                 stage.rewind(handler, {part: self.dice.randint(0, REWIND) for part in range(stage.producer.partitions)})
 
@@ -279,10 +281,11 @@ class TableLock(Fault):
 
     kind, weight, lasts = "table locked", 3, (0.3, 4.0)
     statement: ClassVar[str] = "LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"
-    table: ClassVar[tuple[str, ...]] = ("append", "upsert", "consumerd.checkpoint")
+    table: ClassVar[tuple[str, ...]] = ()
 
     def begin(self, stage: Stage) -> None:
-        table = self.dice.choice(self.table)
+        known = ("upsert", "consumerd.checkpoint") if stage.variant.mode == "postgres" else ()
+        table = self.dice.choice(self.table or ("append", *known))
         self._conn = stage.world.superuser(stage.database)
         with suppress(psycopg.Error):
             self._conn.execute("BEGIN")
@@ -298,6 +301,22 @@ class RowLock(TableLock):
     kind, weight, lasts = "rows locked", 3, (0.3, 4.0)
     statement = "SELECT FROM {table} WHERE grp % 1000 < 50 FOR UPDATE"
     table = ("upsert",)
+
+    @classmethod
+    def fits(cls, variant: Variant) -> bool:
+        return "upsert" in variant.handlers
+
+
+class Backlog(TableLock):
+    """All tables locked for long: the topic runs ahead, and memory must not."""
+
+    kind, weight, lasts = "nothing written for long", 1, (15.0, 25.0)
+
+    def begin(self, stage: Stage) -> None:
+        self._conn = stage.world.superuser(stage.database)
+        with suppress(psycopg.Error):
+            self._conn.execute("BEGIN")
+            self._conn.execute(f"LOCK TABLE {', '.join(stage.variant.handlers)} IN EXCLUSIVE MODE".encode())
 
 
 class Cancel(Fault):
@@ -390,6 +409,6 @@ KINDS: dict[str, type[Fault]] = {
         *(Kill, Pause, Hang, Terminate, Join, Rewind),
         *(BrokerStop, BrokerKill, KafkaCut, KafkaDeaf, KafkaSlow, Grow),
         *(PostgresStop, PostgresKill, PostgresCut, PostgresDeaf, PostgresSlow),
-        *(TableLock, RowLock, Cancel, TerminateBackends, NoConnections, ReadOnly, DiskFull),
+        *(TableLock, RowLock, Backlog, Cancel, TerminateBackends, NoConnections, ReadOnly, DiskFull),
     )
 }

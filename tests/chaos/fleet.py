@@ -17,6 +17,7 @@ from tests.servers.process import free_port
 
 SLOTS = 5
 STOP_TIMEOUT = 60
+READY_TIMEOUT = 60
 NOT_DRAINED = 75
 KIB = 1024
 
@@ -104,7 +105,8 @@ class Fleet:
             self._read_log(number, slot.daemon.log)
 
     def stop(self) -> None:
-        """Stop all that run; each must end with 0."""
+        """Stop all that run, once they have joined; each must end with 0."""
+        self._wait_ready()
         running = [(number, slot) for number, slot in enumerate(self.slots) if slot.daemon.running]
         for _, slot in running:
             slot.wanted = False
@@ -119,11 +121,24 @@ class Fleet:
                 self.problems.append(f"daemon {number} stopped with {status} at the end")
         self.look()
 
+    def note_exit(self, number: int, status: int) -> None:
+        """Note how a daemon answered SIGTERM; one that had just started dies of it, as any process does."""
+        if status not in {0, NOT_DRAINED, -signal.SIGTERM}:
+            self.problems.append(f"daemon {number} answered SIGTERM with {status}")
+
     def close(self) -> None:
         """Leave nothing running."""
         for slot in self.slots:
             slot.wanted = False
             slot.daemon.close()
+
+    def _wait_ready(self) -> None:
+        for number, slot in enumerate(self.slots):
+            if slot.wanted:
+                try:
+                    slot.daemon.wait_ready(READY_TIMEOUT)
+                except (RuntimeError, TimeoutError) as error:
+                    self.problems.append(f"daemon {number} is not ready at the end: {str(error).splitlines()[0]}")
 
     def _read_log(self, number: int, log: Path) -> None:
         if not log.exists():

@@ -21,7 +21,6 @@ from tests.chaos.world import World, end_in_order, make_folder
 from tests.servers.daemon import REPOSITORY
 
 SECONDS = 50.0
-RECORDS = 150_000
 TRIES = 3
 """Segments, with a seed each, that a mutant may need: most faults meet a write in flight only by chance."""
 
@@ -44,6 +43,8 @@ class Mutant:
     changes: tuple[Change, ...]
     kinds: tuple[str, ...] = ("daemon killed",)
     faults: int = 20
+    records: int = 150_000
+    daemons: int | None = None
     protocol: Protocol | None = None
 
 
@@ -167,6 +168,22 @@ MUTANTS = (
         kinds=("rows locked",),
         faults=20,
     ),
+    Mutant(
+        name="memory-unbounded",
+        breaks="P8: the thread consumes however full the buffer is",
+        changes=(
+            Change(
+                file="member.py",
+                old="        return max((self._batches.memory + in_transit) / self.bound, "
+                "self._batches.messages / self._enough)\n",
+                new="        return 0.0 * in_transit\n",
+            ),
+        ),
+        kinds=("nothing written for long",),
+        faults=1,
+        records=1_000_000,
+        daemons=1,
+    ),
 )
 
 
@@ -212,11 +229,12 @@ def _catch(world: World, mutant: Mutant, seed: int) -> str:
             plan = Plan(
                 seed=seed,
                 seconds=SECONDS,
-                records=RECORDS,
+                records=mutant.records,
                 faults=mutant.faults,
                 mode="postgres",
                 kinds=mutant.kinds,
                 protocol=mutant.protocol,
+                daemons=mutant.daemons,
                 package=package,
             )
             result = segment.run(world, plan, number, Path(name) / f"segment-{number}")

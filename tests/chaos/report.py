@@ -30,8 +30,14 @@ def tell(results: Sequence[dict[str, Any]]) -> str:
     lines.append(
         f"{sum(result['records'] for result in results):,} records, {faults:,} faults: "
         + ", ".join(f"{count} {total[count]}" for count in COUNTS)
+        + "".join(f"; {times} repeats, as at least once may" for times in [_sum(results, "repeats")] if times)
+        + f"; largest daemon {max((result.get('peak_rss_mib', 0) for result in results), default=0)} MiB"
     )
     return "\n".join(lines)
+
+
+def _sum(results: Sequence[dict[str, Any]], what: str) -> int:
+    return sum(result.get(what, 0) for result in results)
 
 
 def _faults(results: Sequence[dict[str, Any]]) -> list[str]:

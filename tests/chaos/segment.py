@@ -1,6 +1,7 @@
 """One segment: made, run under its schedule, let catch up, stopped, compared."""
 
 import random
+import threading
 import time
 import traceback
 from collections import Counter
@@ -13,12 +14,15 @@ from tests.chaos import check, schedule, variant
 from tests.chaos.producer import Order
 from tests.chaos.recovery import Recovery
 from tests.chaos.stage import Stage
-from tests.chaos.variant import HANDLERS, Mode, Protocol
+from tests.chaos.variant import MAX_BUFFERED_MIB, Mode, Protocol
 from tests.chaos.world import World
 
 PRODUCE_TIMEOUT = 300.0
 STANDSTILL = 60.0
 """Seconds without any checkpoint moving after which nothing more is waited for."""
+MEMORY_LIMIT_MIB = 100 + 2 * MAX_BUFFERED_MIB
+"""For a daemon: what it is made of (75 MiB without a message), `max_buffered`, and as much again for rows being made of
+a batch, a fetch on its way, and what the allocator keeps."""
 LOOK = 1.0
 """Seconds between two looks at daemons and checkpoints."""
 
@@ -34,6 +38,7 @@ class Plan:
     mode: Mode
     kinds: tuple[str, ...] | None = None
     protocol: Protocol | None = None
+    daemons: int | None = None
     package: Path | None = None
 
 
@@ -41,7 +46,9 @@ def run(world: World, plan: Plan, number: int, folder: Path) -> dict[str, Any]:
     """Run one segment and return its result, whatever happens."""
     seed = f"{plan.seed}/{number}"
     dice = random.Random(seed)
-    setting = variant.draw(dice, mode=plan.mode, small_disk=world.disk is not None, protocol=plan.protocol)
+    setting = variant.draw(
+        dice, mode=plan.mode, small_disk=world.disk is not None, protocol=plan.protocol, daemons=plan.daemons
+    )
     planned = schedule.draw(dice, setting, faults=plan.faults, seconds=plan.seconds, kinds=plan.kinds)
     print(f"segment {number}, seed {seed}: {setting.told()}", flush=True)
     for entry in planned:
@@ -87,6 +94,7 @@ def _run(
     stage = Stage(world, folder, variant=setting, order=order, package=plan.package)
     try:
         recovery = Recovery(stage)
+        looking = _Looking(stage)
         execution = schedule.Execution(stage, planned)
         try:
             stage.fleet.start()
@@ -97,16 +105,39 @@ def _run(
             _catch_up(stage, ends)
         finally:
             recovery.stop()
+            looking.stop()
             stage.fleet.stop()
             result["problems"] += [*stage.fleet.problems, *execution.problems]
             result["faults"] = dict(Counter(fault.kind for fault in execution.done))
             result["recovery"] = [(kind, round(seconds, 2)) for kind, seconds in recovery.seconds(execution.done)]
-            result["peak_rss"] = max(slot.peak_rss for slot in stage.fleet.slots)
-        verdict = check.check(stage, stage.ends())
+            result["peak_rss_mib"] = peak = max(slot.peak_rss for slot in stage.fleet.slots) >> 20
+            if peak > MEMORY_LIMIT_MIB:
+                result["problems"].append(f"a daemon grew to {peak} MiB; {MEMORY_LIMIT_MIB} MiB are its limit")
+        verdict = check.check(stage, stage.ends(), len(execution.done))
+        result["repeats"] = verdict.repeats
         result["counts"] = dict(verdict.counts)
         result["examples"] = dict(verdict.examples)
     finally:
         stage.close()
+
+
+class _Looking:
+    """A thread that looks at the daemons as long as the segment lasts."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="looking", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it."""
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK):
+            self._stage.fleet.look()
 
 
 def _catch_up(stage: Stage, ends: dict[int, int]) -> None:
@@ -114,8 +145,7 @@ def _catch_up(stage: Stage, ends: dict[int, int]) -> None:
     before: list[dict[int, int]] = []
     moved = time.monotonic()
     while True:
-        stage.fleet.look()
-        now = [stage.checkpoints(handler) for handler in HANDLERS]
+        now = [stage.checkpoints(handler) for handler in stage.variant.handlers]
         if all(checkpoints == ends for checkpoints in now):
             return
         if now != before:

@@ -9,7 +9,7 @@ from tests.chaos.world import SESSION_TIMEOUT_MS, TABLESPACE
 Mode = Literal["postgres", "kafka"]
 Protocol = Literal["cooperative", "eager", "static", "consumer"]
 PROTOCOLS: tuple[Protocol, ...] = ("cooperative", "eager", "static", "consumer")
-HANDLERS = ("append", "upsert")
+MAX_BUFFERED_MIB = 64
 LOCK_TIMEOUT = "1s"
 
 
@@ -30,6 +30,11 @@ class Variant:
     max_messages: int
     connections: int
 
+    @property
+    def handlers(self) -> tuple[str, ...]:
+        """Return the handlers of each daemon; at least once there is no upsert."""
+        return ("append", "upsert") if self.mode == "postgres" else ("append",)
+
     def told(self) -> dict[str, Any]:
         """Return it for a report."""
         return asdict(self)
@@ -46,11 +51,11 @@ class Variant:
         return {
             "kafka": {"bootstrap_servers": bootstrap, "properties": properties},
             "postgres": {"dsn": dsn, "settings": {"lock_timeout": LOCK_TIMEOUT}},
-            "daemon": {"drain_timeout": "15s", "max_buffered": "64MiB"},
+            "daemon": {"drain_timeout": "15s", "max_buffered": f"{MAX_BUFFERED_MIB}MiB"},
         }
 
-    def handlers(self, topic: str) -> dict[str, dict[str, Any]]:
-        """Return the two handlers, which read the same topic as two groups."""
+    def files(self, topic: str) -> dict[str, dict[str, Any]]:
+        """Return the handlers' files; they read the same topic, each as a group of its own."""
         return {
             name: {
                 "topics": [topic],
@@ -63,7 +68,7 @@ class Variant:
                 "retry": {"initial": "50ms", "max": "2s"},
                 "dead_letter": {"create": True},
             }
-            for name in HANDLERS
+            for name in self.handlers
         }
 
     def constraint(self, handler: str) -> str:
@@ -77,15 +82,18 @@ class Variant:
         return f"TABLESPACE {TABLESPACE}" if self.small_disk and handler == "append" else ""
 
 
-def draw(dice: random.Random, *, mode: Mode, small_disk: bool, protocol: Protocol | None) -> Variant:
-    """Draw a segment's setting."""
+def draw(
+    dice: random.Random, *, mode: Mode, small_disk: bool, protocol: Protocol | None, daemons: int | None
+) -> Variant:
+    """Draw a segment's setting; what is given is not drawn."""
     drawn = dice.choice(PROTOCOLS)
+    drawn_daemons = dice.randint(1, 4)
     return Variant(
         mode=mode,
         protocol=drawn if protocol is None else protocol,
-        daemons=dice.randint(1, 4),
+        daemons=drawn_daemons if daemons is None else daemons,
         partitions=dice.randint(3, 12),
-        primary_key=dice.random() < 1 / 3,
+        primary_key=dice.random() < 1 / 3 and mode == "postgres",
         slow_commits=dice.random() < 1 / 2,
         small_disk=small_disk,
         max_age_ms=dice.randint(30, 200),
