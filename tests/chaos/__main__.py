@@ -22,7 +22,7 @@ def main() -> int:
     folder: Path = given.report
     folder.mkdir(parents=True, exist_ok=True)
     results_file = folder / "segments.jsonl"
-    seed = _seed(given.seed, folder / "seed")
+    seed = _seed(given, folder / "run.json", results_file)
     plan = Plan(
         seed=seed,
         seconds=given.seconds,
@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=230, help="of faults in a segment; catching up comes after")
     parser.add_argument("--records", type=int, default=500_000, help="in a segment")
     parser.add_argument("--faults", type=int, default=50, help="in a segment")
-    parser.add_argument("--seed", type=int, help="default: that of the run in FOLDER, else a random one")
+    parser.add_argument("--seed", type=int, help="default: that of the unfinished run in FOLDER, else a random one")
     parser.add_argument("--mode", choices=("postgres", "kafka"), default="postgres")
     parser.add_argument("--report", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--daemon-package", type=Path, metavar="PATH", help="the folder that holds consumerd/")
@@ -77,12 +77,17 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _seed(given: int | None, kept: Path) -> int:
-    """Return the run's seed; one that was made up is kept, so that the same command goes on with the same run."""
-    if given is None:
-        given = int(kept.read_text(encoding="ascii")) if kept.exists() else random.randrange(2**32)
-    kept.write_text(f"{given}\n", encoding="ascii")
-    return given
+def _seed(given: argparse.Namespace, run_file: Path, results_file: Path) -> int:
+    """Return the run's seed: of the run in the folder, when it is of the same command and not done; else begin anew."""
+    command = {name: str(value) for name, value in vars(given).items()}
+    if run_file.exists() and len(_read(results_file)) < given.segments:
+        begun = json.loads(run_file.read_text(encoding="utf-8"))
+        if begun["command"] == command:
+            return int(begun["seed"])
+    results_file.unlink(missing_ok=True)
+    seed: int = random.randrange(2**32) if given.seed is None else given.seed
+    run_file.write_text(json.dumps({"seed": seed, "command": command}), encoding="utf-8")
+    return seed
 
 
 def _read(results_file: Path) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ MUTANTS = (
                 "                )\n",
             ),
             Change(
-                file="checkpoint.py",
+                file="decide.py",
                 old='    if offset > here:\n        note = f"Postgres went back',
                 new="    if offset > here:\n"
                 '        return Decision(kind="adopt", offset=offset)\n'
