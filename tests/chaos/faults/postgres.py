@@ -98,7 +98,7 @@ class RowLock(TableLock):
     """Some keys of the upsert table locked by somebody."""
 
     kind, weight, lasts = "rows locked", 3, (0.3, 4.0)
-    statement = "SELECT FROM {table} WHERE grp % 1000 < 50 FOR UPDATE"
+    statement = "SELECT FROM {table} WHERE grp % 1000 < 5 FOR UPDATE"
     table = ("upsert",)
 
     @classmethod
