@@ -1,7 +1,7 @@
 # Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
 # configuration (index, proxy, certificates) from where it always does.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test lint bench chaos chaos-long chaos-mutants lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -26,6 +26,17 @@ lint: .venv/.dev-installed  ## ruff, mypy, the rules of import
 
 bench: .venv/.dev-installed  ## rows/s, next to a raw COPY
 	@$(BIN)/python -m tests.bench
+
+# SEED=... repeats a run. The same command goes on with a run that was interrupted.
+CHAOS = $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --report
+chaos: .venv/.dev-installed  ## about 15 minutes of faults, each record compared with what was sent
+	@$(CHAOS) build/chaos --segments 3 --seconds 230 --records 500000 --faults 50
+
+chaos-long: .venv/.dev-installed  ## about 90 minutes: 10 million records, 1,000 faults
+	@$(CHAOS) build/chaos-long --segments 20 --seconds 215 --records 505000 --faults 52
+
+chaos-mutants: .venv/.dev-installed  ## the daemon broken on purpose, once for each promise; each must be caught
+	@$(BIN)/python -m tests.chaos.mutants $(if $(SEED),--seed $(SEED))
 
 lock: .venv/.dev-installed  ## new pins in both requirements files
 	@echo "Resolving requirements.txt and requirements-dev.txt"

@@ -16,11 +16,14 @@ import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import TYPE_CHECKING, Any, LiteralString
 
 import psycopg
 
 from tests.servers.process import MissingPart, Process, free_port, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SYSTEM_USER = "pgserver"  # the wheel's name for it
 START_TIMEOUT = 30  # seconds: it takes 0.3, more when a crash left much log to replay
@@ -31,8 +34,10 @@ INITDB_TIMEOUT = 60  # seconds: it takes 1
 class PostgresServer:
     """One cluster. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+        """Prepare a cluster in ``folder``; ``settings`` are the server's, beside or in place of those of all tests."""
         self.folder = folder
+        self._settings = dict(settings or {})
         self.port = free_port()
         self.dsn = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
         self.log = folder / "postgres.log"
@@ -56,6 +61,7 @@ class PostgresServer:
             "unix_socket_directories": "",
             "max_connections": "200",
             "fsync": "on",
+            **self._settings,
         }
         self._process = Process(
             [
