@@ -218,7 +218,7 @@ class ConsumerThread(threading.Thread):
         self._look_around(consumer, now)
         if self._has_room(consumer, now):
             messages = consumer.consume(1, IDLE_WAIT)
-            if messages and (more := min(CONSUME_MESSAGES, CONSUME_BYTES // (1 + size_of(messages)))):
+            if messages and (more := min(CONSUME_MESSAGES, CONSUME_BYTES // (1 + size_of(messages))) - 1) > 0:  # type: ignore[arg-type]
                 messages += consumer.consume(more, LINGER)
             self._deliver(consumer, messages)
         else:
