@@ -93,7 +93,7 @@ def consumer_config(kafka: KafkaConfig, group_id: str, memory: int) -> dict[str,
         "queued.max.messages.kbytes": max(1, memory // 1024),
         "fetch.message.max.bytes": fetch_bytes(memory),
         "fetch.max.bytes": fetch_bytes(memory),
-        # A producer's limit, set for the letters; librdkafka wants it to be no more than a fetch.
+        # A producer's limit, by default 1 MB; librdkafka wants a fetch to be no less.
         "message.max.bytes": fetch_bytes(memory),
     }
     if config.get("group.protocol") == "consumer":
