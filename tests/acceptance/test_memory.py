@@ -51,11 +51,11 @@ class Backlog:
     """Bytes of a value that are random, so that it is not compressed to nothing."""
 
 
-LARGE = Backlog(count=250, filling=b"x" * 1_000_000)
+LARGE = Backlog(count=200, filling=b"x" * 1_000_000)
 HEAVY = Backlog(
     count=50_000, filling=b"x" * 60, key=b"k" * 1_000, headers=tuple((f"h{n}", bytes(1_000)) for n in "abcde")
 )
-COMPRESSED = Backlog(count=5_000, filling=b"x" * 100_000, compression="zstd", own=1_000)
+COMPRESSED = Backlog(count=3_000, filling=b"x" * 100_000, compression="zstd", own=1_000)
 
 
 def send(kafka: KafkaServer, topic: str, backlog: Backlog) -> None:
