@@ -46,6 +46,9 @@ T = TypeVar("T")
 
 CONSUME_MESSAGES = 1000
 """Messages of one `consume()`: 300 microseconds of holding the interpreter lock."""
+CONSUME_BYTES = 1024 * 1024
+"""Bytes of one `consume()`, as its first message lets expect: all that librdkafka holds, and as much again that it then
+fetches, would be too much."""
 IDLE_WAIT = 0.05
 """Seconds that an idle `consume()` waits; what the loop asks for waits as long."""
 LINGER = 0.005
@@ -71,7 +74,7 @@ SEEK_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one `consume()` brought for one partition; `size` is the bytes of the values."""
+    """What one `consume()` brought for one partition; `size` is `size_of` the messages."""
 
     partition: TopicPartition
     messages: list[Any]
@@ -215,8 +218,8 @@ class ConsumerThread(threading.Thread):
         self._look_around(consumer, now)
         if self._has_room(consumer, now):
             messages = consumer.consume(1, IDLE_WAIT)
-            if messages:
-                messages += consumer.consume(CONSUME_MESSAGES - 1, LINGER)
+            if messages and (more := min(CONSUME_MESSAGES, CONSUME_BYTES // (1 + size_of(messages))) - 1) > 0:  # type: ignore[arg-type]
+                messages += consumer.consume(more, LINGER)
             self._deliver(consumer, messages)
         else:
             time.sleep(FULL_WAIT)

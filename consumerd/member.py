@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import tenacity
 
 from consumerd import catalog, metrics, postgres
-from consumerd.accumulator import Accumulator, Bounds
+from consumerd.accumulator import Accumulator, Bounds, size_of
 from consumerd.assignment import Assignment
 from consumerd.breaker import Breaker
 from consumerd.brokers import consumer_config
@@ -28,7 +28,7 @@ from consumerd.checkpoint import Checkpoints, KafkaCheckpoints, Lease, ensure_sc
 from consumerd.dead_letter import DeadLetters
 from consumerd.encode import Encoder, Mapping
 from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, TableChanged
-from consumerd.kafka import ConsumerThread
+from consumerd.kafka import CONSUME_BYTES, ConsumerThread
 from consumerd.progress import Progress
 from consumerd.sinks.append import Append
 from consumerd.sinks.upsert import Upsert
@@ -55,8 +55,17 @@ MEMBER, CONSUMER, GROUP, WATCH, COMPARE = "member", "consumer", "group", "watch"
 """Who meets outages, beside the writers."""
 JOIN_VISIBLE_AFTER = 5.0
 """Seconds after which a handler that is not in its group yet says so."""
-LIBRDKAFKA_SHARE = 0.5
-"""Share of a handler's memory for librdkafka's queues; the rest is for what is gathered and in flight."""
+LIBRDKAFKA_SHARE = 0.125
+"""Share of a handler's memory for librdkafka's queue, which need not be large: it is read from at memory's speed."""
+ENCODED_SHARE = 0.25
+"""Share of a handler's memory for the rows of the batches in flight."""
+BUFFER_SHARE = 0.5
+"""Share of a handler's memory for the messages themselves. The rest is what the allocator holds between them: a tenth
+was seen with messages of 100 kB."""
+ROW_COPIES = 2
+"""Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY."""
+ROW_OVERHEAD = 600
+"""Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
 BATCHES_PER_CONNECTION = 2
 """Full batches to hold for each connection: the one being written, and the next. More is memory for nothing."""
 PRESSURE = 0.8
@@ -91,13 +100,12 @@ class Member:
         self._tails: dict[TopicPartition, float] = {}
         self._lost_connection = asyncio.Event()
         self.watch = Watch(self._connect, handler.name, self._lost_connection.set)
-        self.bound = int(memory * (1 - LIBRDKAFKA_SHARE))
-        self._queue_memory = memory - self.bound
-        self._enough = BATCHES_PER_CONNECTION * handler.max_connections * handler.batch.max_messages
-        batch = handler.batch
-        self._batches = Accumulator(
-            Bounds(max_messages=batch.max_messages, max_bytes=batch.max_bytes, max_age=batch.max_age)
-        )
+        self.bound = int(memory * BUFFER_SHARE)
+        self._full = self.bound - min(CONSUME_BYTES, self.bound // 8)
+        self._queue_memory = int(memory * LIBRDKAFKA_SHARE)
+        bounds = _bounds(handler, int(memory * ENCODED_SHARE))
+        self._enough = BATCHES_PER_CONNECTION * handler.max_connections * bounds.max_messages
+        self._batches = Accumulator(bounds)
         self._topics: Topics
         self._found: dict[str, Topic] = {}
         self._assignment: Assignment
@@ -171,8 +179,7 @@ class Member:
             store = await self.checkpoints.store(conn)
         finally:
             await conn.close()
-        partitions = sum(topic.partitions for topic in found.values())
-        settings = consumer_config(self.config.kafka, self.handler.group_id, self._queue_memory, partitions)
+        settings = consumer_config(self.config.kafka, self.handler.group_id, self._queue_memory)
         self._writers = [Writer(self, f"writer {n}") for n in range(self.handler.max_connections)]
         self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name)
         self._assignment = Assignment(
@@ -436,7 +443,7 @@ class Member:
 
     def fill(self, in_transit: int) -> float:
         """Return the share of the buffer that is used: of its memory, or of what keeps every connection busy."""
-        return max((self._batches.memory + in_transit) / self.bound, self._batches.messages / self._enough)
+        return max((self._batches.memory + in_transit) / self._full, self._batches.messages / self._enough)
 
     def started(self, partition: TopicPartition, offset: int) -> None:
         """Open a leased partition: only what comes after this was fetched from where the lease goes on."""
@@ -456,7 +463,7 @@ class Member:
             messages, size = chunk.messages, chunk.size
             if messages[0].offset() < position:
                 messages = [message for message in messages if message.offset() >= position]
-                size = sum(map(len, messages))
+                size = size_of(messages)
             if messages:
                 self._check_leader(chunk.partition, messages[0])
                 self._positions[chunk.partition] = messages[-1].offset() + 1
@@ -638,6 +645,16 @@ class Member:
         """Return the oldest message of each leased partition that was received and is not written yet."""
         leases = self._assignment.leases if self._thread is not None else ()
         return {partition: self._batches.oldest(partition) for partition in leases}
+
+
+def _bounds(handler: HandlerConfig, memory: int) -> Bounds:
+    """Return the bounds of a batch: less than those configured where the rows of all connections would not fit."""
+    batch, half = handler.batch, memory // handler.max_connections // 2
+    return Bounds(
+        max_messages=max(1, min(batch.max_messages, half // ROW_OVERHEAD)),
+        max_bytes=max(1, min(batch.max_bytes, half // ROW_COPIES)),
+        max_age=batch.max_age,
+    )
 
 
 def _first_halt(error: Exception) -> Halt:

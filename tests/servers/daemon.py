@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -75,6 +75,11 @@ class Daemon:
             for family in text_string_to_metric_families(self.get("/metrics")[1])
             for sample in family.samples
         }
+
+    def memory(self, field: Literal["VmRSS", "VmHWM"] = "VmRSS") -> float:
+        """Return its resident memory in MiB: as it is, or at its highest."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return int(status.partition(f"{field}:")[2].split()[0]) / 1024
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> int:
         """SIGTERM; return the exit status."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumerd.accumulator import MESSAGE_OVERHEAD, Accumulator, Batch, Bounds, size_of
+from consumerd.accumulator import HEADER_OVERHEAD, MESSAGE_OVERHEAD, SAMPLE, Accumulator, Batch, Bounds, size_of
 from consumerd.errors import Refusal
 from consumerd.types import Message, TopicPartition
 
@@ -22,13 +22,15 @@ class Fake:
 
     at: int
     size: int = 1
+    key_size: int = 0
+    header: bytes | None = None
 
     def __len__(self) -> int:
         return self.size
 
     def key(self) -> bytes | None:
-        """Give none."""
-        return None
+        """Give as many bytes as the key's size says, or none."""
+        return bytes(self.key_size) or None
 
     def value(self) -> bytes | None:
         """Give as many bytes as the size says."""
@@ -47,8 +49,8 @@ class Fake:
         return 1, 1000
 
     def headers(self) -> list[tuple[str, bytes | None]] | None:
-        """Give none."""
-        return None
+        """Give one with a value and one without, or none."""
+        return None if self.header is None else [("with", self.header), ("none", None)]
 
 
 def fakes(first: int, count: int, size: int = 1) -> list[Message]:
@@ -260,6 +262,34 @@ def test_oldest() -> None:
     it.done(it.take(0.0)[0])
     assert it.oldest(A) is None
     assert not it.holds([A])
+
+
+def test_keys_and_headers_count() -> None:
+    """P8: a message is as large as value, key and headers, and null values of headers are nothing."""
+    assert size_of([Fake(0, 10)]) == 10
+    assert size_of([Fake(0, 10, key_size=5)]) == 15
+    assert size_of([Fake(0, 10, key_size=5, header=bytes(7))]) == 15 + 8 + 7 + 2 * HEADER_OVERHEAD
+    assert size_of([]) == 0
+
+
+def test_keys_and_headers_count_by_a_sample() -> None:
+    """P8: of a chunk's messages every so many is asked for its key and headers, and stands for those between."""
+    alike: list[Message] = [Fake(at, 10, key_size=1000) for at in range(3 * SAMPLE + 1)]
+    assert size_of(alike) == len(alike) * 1010
+    mixed: list[Message] = [Fake(at, 10, key_size=1000 if at < SAMPLE else 0) for at in range(4 * SAMPLE)]
+    assert size_of(mixed) == len(mixed) * (10 + 250)
+
+
+def test_a_cut_counts_keys() -> None:
+    """P8: a batch is cut within max_bytes with its keys; what was added is what is taken, to the byte."""
+    it = gathered(Bounds(max_messages=1000, max_bytes=1000, max_age=9.0), A)
+    add(it, A, [Fake(at, 10, key_size=90) for at in range(25)])
+    sizes = []
+    while batches := it.take(9.0):
+        sizes.append((len(batches[0].messages), batches[0].size))
+        it.done(batches[0])
+    assert sizes == [(10, 1000), (10, 1000), (5, 500)]
+    assert it.memory == 0
 
 
 def test_split() -> None:

@@ -1,0 +1,27 @@
+"""What librdkafka is told about memory follows from the bound."""
+
+import pytest
+from confluent_kafka import Consumer
+
+from consumerd.brokers import MAX_FETCH, consumer_config
+from consumerd.config import KafkaConfig
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("memory", "queued_kbytes", "queued_messages", "fetch"),
+    [
+        (64 * MIB, 64 * 1024, 16_384, MAX_FETCH),
+        (8 * MIB, 8 * 1024, 2_048, 256 * 1024),
+        (2 * MIB, 2 * 1024, 512, 64 * 1024),
+        (1, 1, 1, 1024),
+    ],
+)
+def test_limits(memory: int, queued_kbytes: int, queued_messages: int, fetch: int) -> None:
+    """Rule 29: queue and fetches are in proportion to the memory, and librdkafka takes them."""
+    config = consumer_config(KafkaConfig.model_validate({"bootstrap_servers": "localhost:9092"}), "group", memory)
+    assert config["queued.max.messages.kbytes"] == queued_kbytes
+    assert config["queued.min.messages"] == queued_messages
+    assert config["fetch.max.bytes"] == config["fetch.message.max.bytes"] == fetch
+    Consumer(config).close()
