@@ -95,8 +95,6 @@ class Member:
         self.mapping: Mapping
         self._loading = asyncio.Lock()
         self.checkpoints: Checkpoints | KafkaCheckpoints
-        self.limit = handler.batch.max_messages
-        """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
         self._tails: dict[TopicPartition, float] = {}
         self._lost_connection = asyncio.Event()
         self.watch = Watch(self._connect, handler.name, self._lost_connection.set)
@@ -106,6 +104,8 @@ class Member:
         bounds = _bounds(handler, int(memory * ENCODED_SHARE))
         self._enough = BATCHES_PER_CONNECTION * handler.max_connections * bounds.max_messages
         self._batches = Accumulator(bounds)
+        self._most = self.limit = bounds.max_messages
+        """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
         self._topics: Topics
         self._found: dict[str, Topic] = {}
         self._assignment: Assignment
@@ -263,8 +263,8 @@ class Member:
                 lease.leader_epoch = batch.leader_epoch
         self._assignment.commit(commits)
         self._settled.set()
-        if self.limit < (most := self.handler.batch.max_messages):
-            self.limit = min(most, self.limit + self.limit // 4 + 1)
+        if self.limit < self._most:
+            self.limit = min(self._most, self.limit + self.limit // 4 + 1)
 
     def cancelled(self, work: Work) -> None:
         """Write less at once, for Postgres cancelled a write; raises Halt when it was one message, again and again."""
