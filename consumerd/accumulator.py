@@ -54,6 +54,8 @@ class Batch:
     size: int
     reason: FlushReason
     gathered_since: float
+    arrived: float = 0.0
+    """When its last message came."""
     refused: dict[int, Refusal] = field(default_factory=dict)
     """Position in `messages` of each that does not become a row, and why."""
     lettered: set[int] = field(default_factory=set)
@@ -72,6 +74,11 @@ class Batch:
     """Since when rows of it have been refused for a foreign key that refers to nothing."""
 
     @property
+    def owes_letters(self) -> bool:
+        """Whether some of what is refused has no acknowledged letter yet."""
+        return not self.lettered.issuperset(self.refused)
+
+    @property
     def leader_epoch(self) -> int | None:
         """The epoch of the leader that served the last message."""
         return self.messages[-1].leader_epoch() if self.messages else None
@@ -81,6 +88,7 @@ class Batch:
 
         None of the letters may be on its way.
         """
+        assert not self.on_their_way, "a letter would not find its batch"  # noqa: S101 - the caller's promise
         rest = Batch(
             partition=self.partition,
             first_offset=self.messages[count].offset(),
@@ -89,6 +97,7 @@ class Batch:
             size=size_of(self.messages[count:]),
             reason=self.reason,
             gathered_since=self.gathered_since,
+            arrived=self.arrived,
             refused={position - count: why for position, why in self.refused.items() if position >= count},
             lettered={position - count for position in self.lettered if position >= count},
             judged=None if self.judged is None else sum(position >= count for position in self.refused),
@@ -291,6 +300,7 @@ class Accumulator:
                     size=0,
                     reason="tail",
                     gathered_since=now,
+                    arrived=now,
                 )
                 batches.append(queue.out)
         return batches
@@ -306,11 +316,12 @@ class Accumulator:
 
     def _cut(self, partition: TopicPartition, queue: _Queue, reason: FlushReason) -> Batch:
         """Cut one batch within the bounds from a queue's front; at least one message, however large."""
-        since = queue.chunks[0].arrived
+        since = arrived = queue.chunks[0].arrived
         messages: list[Message] = []
         size = 0
         while queue.chunks:
             chunk = queue.chunks[0]
+            arrived = chunk.arrived
             fits = self._fitting(chunk, self._bounds.max_messages - len(messages), self._bounds.max_bytes - size)
             if fits == len(chunk.messages):
                 queue.chunks.popleft()
@@ -338,6 +349,7 @@ class Accumulator:
             size=size,
             reason=reason,
             gathered_since=since,
+            arrived=arrived,
         )
 
     @staticmethod

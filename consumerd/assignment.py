@@ -191,6 +191,7 @@ class Assignment:
                 group=self._handler.group_id,
                 bootstrap=self._kafka.bootstrap_servers,
             )
+        self._beyond.pop(partition, None)
         if partition not in self.assigned:
             return None
         if decision.kind != "resume" and not await self._checkpoints.place(

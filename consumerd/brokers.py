@@ -143,15 +143,20 @@ def gap_of(consumer: ck.Consumer, partition: TopicPartition, offset: int | None,
 
 def gap(partition: TopicPartition, position: int | None, *, low: int, high: int, group: str, bootstrap: str) -> Halt:
     """Return the halt of a partition whose position is not in its log, offsets [low, high)."""
+    reset = (
+        f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} "
+        f"--execute --to-offset"
+    )
     if position is not None and position < low:
         what = f"offsets {position}..{low - 1} are gone from the log (retention was faster than this handler)"
-    else:
-        what = f"the position {'' if position is None else f'{position} '}is not in the log, which holds {low}..{high}"
+        return Halt(
+            "gap", f"{partition}: {what}; nothing was skipped. To go on after the gap: {reset} {low}, then restart"
+        )
+    what = f"the position {'' if position is None else f'{position} '}is not in the log, which holds {low}..{high}"
     return Halt(
         "gap",
-        f"{partition}: {what}; nothing was skipped. To go on after the gap: kafka-consumer-groups "
-        f"--bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} --to-offset {low} "
-        f"--execute, then restart",
+        f"{partition}: {what}: it was cut, or is another one; nothing was skipped. To go on with what will be "
+        f"appended: {reset} {high}, then restart; an offset below {high} would write again what was written before",
     )
 
 

@@ -97,8 +97,8 @@ WITH expected AS (
     ORDER BY topic, partition FOR UPDATE OF c
 )
 UPDATE {schema}.checkpoint c
-SET next_offset = h.new_offset, max_offset = greatest(c.max_offset, h.new_offset), leader_epoch = h.leader_epoch,
-    seen_at = now()
+SET next_offset = h.new_offset, max_offset = greatest(c.max_offset, h.new_offset),
+    leader_epoch = coalesce(h.leader_epoch, c.leader_epoch), seen_at = now()
 FROM held h WHERE c.group_id = %(group)s AND c.topic = h.topic AND c.partition = h.partition
 RETURNING c.topic, c.partition"""
 

@@ -144,6 +144,11 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
         for column in table.columns
         if column.not_null and not column.automatic and not column.has_default and column.name not in names
     ]
+    if handler.checkpoint == "kafka" and any(unique <= names for unique in table.unique):
+        problems.append(
+            f"table {table.name} has a unique index, which would refuse what is written again after a crash "
+            f'(checkpoint = "kafka" is at least once): write checkpoint = "postgres", or drop the index'
+        )
     if not problems and not fields:
         problems.append(f"table {table.name} has no column to write")
     if problems:

@@ -34,6 +34,8 @@ BUDGET_TRIES = 1_000
 """Pieces tried in one search: about a second on a quiet server."""
 BUDGET_SECONDS = 5.0
 """Seconds of one search: it holds the checkpoint's lock, and a stop waits for it."""
+LONGEST_SECONDS = 30.0
+"""Seconds more after which a search ends though fewer rows are settled than were asked for."""
 ORPHAN = "23503"
 """foreign_key_violation"""
 
@@ -58,7 +60,8 @@ async def isolate(
     tries, until = BUDGET_TRIES, now() + BUDGET_SECONDS
     while pieces:
         start, end = pieces.pop()
-        if start > at_least and (tries <= 0 or now() > until):
+        spent = tries <= 0 or now() > until
+        if start > 0 and ((spent and start > at_least) or now() > until + LONGEST_SECONDS):
             return refused, start
         tries -= 1
         rejected = await _try(conn, sink, rows[start:end], start)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import confluent_kafka as ck
+import orjson
 from confluent_kafka import KafkaError, KafkaException
 
 from consumerd import brokers
@@ -67,9 +68,13 @@ LOOK_TIMEOUT = 1.0
 UNKNOWN_FOR = 10.0
 """Seconds after which a topic that a broker did not know is asked for again, and missed."""
 UNKNOWN = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
+DAMAGED = {KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError._NOT_IMPLEMENTED}  # noqa: SLF001
+"""What follows one of these in a partition is not to be trusted."""
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
+STATISTICS_INTERVAL_MS = 2000
+"""Milliseconds between two looks at librdkafka's statistics, where nothing else tells of an empty assignment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,7 @@ class ConsumerThread(threading.Thread):
         self._full_since: float | None = None
         self._told = 0
         self._unreachable = False
+        self._spare = False
         self._next_watermarks = 0.0
         self._looked = 0
         self._unknown: dict[str, float] = {}
@@ -187,7 +193,10 @@ class ConsumerThread(threading.Thread):
     def run(self) -> None:
         """Consume until closed; anything unforeseen halts the handler."""
         try:
-            consumer = ck.Consumer({**self._config, "error_cb": self._on_error, "on_commit": self.commits.on_answer})
+            callbacks: dict[str, Any] = {"error_cb": self._on_error, "on_commit": self.commits.on_answer}
+            if self._config.get("group.protocol") == "consumer":
+                callbacks |= {"stats_cb": self._on_statistics, "statistics.interval.ms": STATISTICS_INTERVAL_MS}
+            consumer = ck.Consumer({**self._config, **callbacks})
         except KafkaException as error:
             self._tell(self._listener.failed, Halt("kafka", f"librdkafka refuses [kafka.properties]: {_text(error)}"))
             self._tell(self._close_future)
@@ -373,6 +382,14 @@ class ConsumerThread(threading.Thread):
         except Exception as error:  # noqa: BLE001 - recorded; the loop raises it
             self._tell(self._listener.failed, Halt("kafka", f"losing partitions failed: {error}"))
 
+    def _on_statistics(self, text: str) -> None:
+        """Learn that this member was let in without a partition: the consumer protocol calls back for none (seen)."""
+        group = orjson.loads(text).get("cgrp", {})
+        spare = group.get("join_state") == "steady" and not self._owned
+        if spare and not self._spare:
+            self._tell(self._listener.assigned, [])
+        self._spare = spare
+
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
             self._tell(self._listener.failed, Halt("kafka", f"librdkafka gave up: {error.str()}"))
@@ -391,6 +408,8 @@ class ConsumerThread(threading.Thread):
                 group, bootstrap = self._config["group.id"], self._config["bootstrap.servers"]
                 halt = brokers.gap_of(consumer, partition, message.offset(), group, bootstrap)
                 self._tell(self._listener.reached_gap, partition, halt)
+        elif code in DAMAGED:
+            self._stop_at_damage(consumer, message)
         elif code in UNKNOWN:
             self._unknown.setdefault(str(message.topic()), time.monotonic())
         elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
@@ -398,6 +417,18 @@ class ConsumerThread(threading.Thread):
             self._tell(self._listener.failed, Halt("kafka", sentence))
         else:
             log.warning("the consumer reports an error", extra={"error": str(error)})
+
+    def _stop_at_damage(self, consumer: ck.Consumer, message: ck.Message) -> None:
+        """Deliver nothing that follows: librdkafka goes on from wherever it takes the next batch to be (seen)."""
+        partition = TopicPartition(str(message.topic()), int(message.partition() or 0))
+        if partition in self._live:
+            self._live.discard(partition)
+            consumer.pause(brokers.positions([partition]))
+            sentence = (
+                f"{partition}: what the broker sends at offset {message.offset()} is damaged ({message.error()}); "
+                f"nothing was skipped; restart if it was the network, else mend that replica of the partition"
+            )
+            self._tell(self._listener.reached_gap, partition, Halt("kafka", sentence))
 
     # Looking around.
 

@@ -70,6 +70,8 @@ BATCHES_PER_CONNECTION = 2
 """Full batches to hold for each connection: the one being written, and the next. More is memory for nothing."""
 PRESSURE = 0.8
 """Share of the buffer from which on everything gathered is written at once."""
+CLAIM_SHARE = 0.3
+"""Share of a revoke's deadline that a claim under way has to land; one that lands later would fence the next owner."""
 FLUSH_SHARE = 0.5
 """Share of a revoke's deadline in which gathered messages are still begun to be written."""
 COMPARE_INTERVAL = 60.0
@@ -97,6 +99,7 @@ class Member:
         self.checkpoints: Checkpoints | KafkaCheckpoints
         self._tails: dict[TopicPartition, float] = {}
         self._lost_connection = asyncio.Event()
+        self._claiming: AsyncConnection[Any] | None = None
         self.watch = Watch(self._connect, handler.name, self._lost_connection.set)
         self.bound = int(memory * BUFFER_SHARE)
         self._full = self.bound - min(CONSUME_BYTES, self.bound // 8)
@@ -124,17 +127,17 @@ class Member:
     async def run(self) -> None:
         """Run until cancelled or halted."""
         try:
-            await self.retry(MEMBER, self._start)
             async with asyncio.TaskGroup() as tasks:
                 name = self.handler.name
-                tasks.create_task(self._claim_forever(), name=f"{name}: claim")
-                tasks.create_task(self._fail(), name=f"{name}: failure")
-                tasks.create_task(self._topics.watch(self._found), name=f"{name}: topics")
-                tasks.create_task(self._compare_forever(), name=f"{name}: compare")
                 tasks.create_task(
                     self.watch.run(partial(self._on_error, WATCH), partial(self.recovered, WATCH)),
                     name=f"{name}: watch",
                 )
+                await self.retry(MEMBER, self._start)
+                tasks.create_task(self._claim_forever(), name=f"{name}: claim")
+                tasks.create_task(self._fail(), name=f"{name}: failure")
+                tasks.create_task(self._topics.watch(self._found), name=f"{name}: topics")
+                tasks.create_task(self._compare_forever(), name=f"{name}: compare")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
@@ -155,7 +158,7 @@ class Member:
         if self.progress.halted is not None:
             return False
         self.progress.to("stopped")
-        return drained
+        return drained and (self.checkpoints.mode == "postgres" or self._thread.commits.all_answered())
 
     async def _start(self) -> None:
         """Look at everything that must be there before the first message; raises Halt with what to type."""
@@ -265,6 +268,11 @@ class Member:
         self._settled.set()
         if self.limit < self._most:
             self.limit = min(self._most, self.limit + self.limit // 4 + 1)
+        self._wake.set()  # more of these partitions may be due, and another writer free
+
+    def wake(self) -> None:
+        """Wake whoever waits for writes to end."""
+        self._settled.set()
 
     def cancelled(self, work: Work) -> None:
         """Write less at once, for Postgres cancelled a write; raises Halt when it was one message, again and again."""
@@ -285,6 +293,7 @@ class Member:
     def split(self, batch: Batch, count: int) -> None:
         """Keep the first messages of a batch that is being written; the others are written next, and judged then."""
         self.breaker.take_back(self._batches.split(batch, count), time.monotonic())
+        self._wake.set()
 
     def committed(self, work: Work) -> bool:
         """Whether Kafka has acknowledged what must be before these may be written."""
@@ -297,9 +306,9 @@ class Member:
             lambda: self.committed(work) or sum(self.holds(batch, lease) for batch, lease in work) < held, None
         )
 
-    async def confirm_topics(self) -> None:
-        """Make sure that what was read came of the topics that the offsets belong to; raises Halt."""
-        await self._topics.confirm(self._found)
+    async def confirm_topics(self, arrived: float) -> None:
+        """Make sure that what arrived at a time came of the topics that the offsets belong to; raises Halt, Outage."""
+        await self._topics.confirm(self._found, arrived)
 
     def isolated(self, batch: Batch, refused: dict[int, Refusal]) -> None:
         """Take note of rows that Postgres refused."""
@@ -332,12 +341,13 @@ class Member:
         self._release([partition])
         extra = {"handler": self.handler.name, "partition": str(partition)}
         if epoch == lease.epoch and offset is not None:
-            log.warning(
-                "Postgres went back: the checkpoint is at %s, and had been at %s; what lies between is written again",
-                offset,
-                lease.next_offset,
-                extra=extra,
-            )
+            if offset < lease.next_offset:
+                sentence = (
+                    "Postgres went back: the checkpoint is at %s, and had been at %s; what is between is repeated"
+                )
+            else:
+                sentence = "a write had landed though its answer was lost: the checkpoint is at %s, and had been at %s"
+            log.warning(sentence, offset, lease.next_offset, extra=extra)
             again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
             try:
                 await self._assignment.deliver({partition: again})
@@ -465,7 +475,10 @@ class Member:
                 messages = [message for message in messages if message.offset() >= position]
                 size = size_of(messages)
             if messages:
-                self._check_leader(chunk.partition, messages[0])
+                if self._is_another_log(chunk.partition, messages[0]) or self._is_another_log(
+                    chunk.partition, messages[-1]
+                ):
+                    continue
                 self._positions[chunk.partition] = messages[-1].offset() + 1
                 self.progress.consumed(chunk.partition, len(messages))
                 if self._batches.add(chunk.partition, messages, size, now):
@@ -483,9 +496,13 @@ class Member:
     async def revoked(self, partitions: list[TopicPartition], deadline: float) -> None:
         """Write what is gathered of partitions that go, as far as time allows; roll back what is in flight then."""
         self._assignment.unassign(partitions)
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
+        now = time.monotonic()
+        try:
+            async with asyncio.timeout_at(now + (deadline - now) * CLAIM_SHARE):
                 await self._assignment.claims_landed()
+        except TimeoutError:
+            if self._claiming is not None:
+                postgres.cut(self._claiming)
         if self.progress.state != "halted":
             now = time.monotonic()
             if self.checkpoints.mode == "postgres":  # else no batch is written before a commit that now cannot come
@@ -525,7 +542,7 @@ class Member:
                 self._batches.tail(partition, lease.next_offset, position)
                 self._wake.set()
 
-    def _check_leader(self, partition: TopicPartition, message: Message) -> None:
+    def _is_another_log(self, partition: TopicPartition, message: Message) -> bool:
         """Halt when a message comes from an older leader than one that was written: that log is another one."""
         lease, epoch = self._assignment.leases.get(partition), message.leader_epoch()
         if lease is not None and lease.leader_epoch is not None and epoch is not None and epoch < lease.leader_epoch:
@@ -537,6 +554,8 @@ class Member:
                 f"--reset-offsets --topic {partition} --to-offset {message.offset()} --execute"
             )
             self.failed(Halt("topic", sentence))
+            return True
+        return False
 
     def reachable(self, sentence: str | None) -> None:
         """Note that no broker answers, or that one does again."""
@@ -551,7 +570,8 @@ class Member:
         async def halt_behind_it() -> None:
             await self._flush([partition], "drain", None)
             try:
-                await self.confirm_topics()
+                with suppress(Outage):
+                    await self.confirm_topics(time.monotonic())
             except Halt as another:
                 self.failed(another)
             if partition in self._assignment.leases:
@@ -570,10 +590,11 @@ class Member:
 
     async def _claim(self, partitions: Sequence[TopicPartition]) -> None:
         """Claim assigned partitions and have them delivered."""
-        conn = await self.connect(claims=True)
+        conn = self._claiming = await self.connect(claims=True)
         try:
             leases = await self._assignment.claim(partitions, conn)
         finally:
+            self._claiming = None
             await conn.close()
         if leases:
             self._release(leases)

@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, LiteralString
+from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
@@ -98,6 +98,9 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         if error.sqlstate is not None and next_step(error.sqlstate) in {Next.HALT, Next.ISOLATE}:
             raise Halt("database", f"[postgres.settings] {name}: {_one_line(error)}") from error
         raise translate(error, conn) from error
+    except BaseException:
+        await conn.close()
+        raise
     finally:
         timer.cancel()
     return conn
@@ -141,16 +144,33 @@ def cut(conn: AsyncConnection[Any]) -> None:
             own.shutdown(socket.SHUT_RDWR)
 
 
-async def transaction_id(conn: AsyncConnection[Any]) -> str:
+class TransactionId(NamedTuple):
+    """A transaction, and the history that its number belongs to: after a failover it may be another's."""
+
+    number: str
+    timeline: str
+    system: str
+
+
+_HISTORY = """\
+SELECT pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8),
+       (SELECT system_identifier::text FROM pg_catalog.pg_control_system())"""
+
+
+async def transaction_id(conn: AsyncConnection[Any]) -> TransactionId:
     """Return the id of the open transaction; to be called within one."""
-    row = await (await conn.execute("SELECT pg_catalog.pg_current_xact_id()::text")).fetchone()
-    return str(row[0]) if row else ""
+    number = await (await conn.execute("SELECT pg_catalog.pg_current_xact_id()::text")).fetchone()
+    history = await (await conn.execute(_HISTORY)).fetchone()
+    return TransactionId(*(number or ()), *(history or ()))
 
 
-async def was_committed(conn: AsyncConnection[Any], transaction: str) -> bool:
-    """Tell whether a transaction was committed; raises Outage while it is in progress still."""
+async def was_committed(conn: AsyncConnection[Any], transaction: TransactionId) -> bool:
+    """Tell whether a transaction is known to have been committed; raises Outage while it is in progress still."""
+    history = await call(conn, _HISTORY)
+    if history != [(transaction.timeline, transaction.system)]:
+        return False
     query = "SELECT pg_catalog.pg_xact_status(%(id)s::text::xid8)"
-    ((status,),) = await call(conn, query, {"id": transaction})
+    ((status,),) = await call(conn, query, {"id": transaction.number})
     if status == "in progress":
         raise Outage("postgres", "a COMMIT was not answered, and its transaction has not ended yet")
     return bool(status == "committed")
@@ -159,13 +179,18 @@ async def was_committed(conn: AsyncConnection[Any], transaction: str) -> bool:
 @asynccontextmanager
 async def errors_of(conn: AsyncConnection[Any]) -> AsyncIterator[None]:
     """Translate psycopg's errors of what runs outside a write: there nothing is read again from the catalog."""
+    busy_since[conn] = time.monotonic()
     try:
         yield
     except psycopg.Error as error:
         meaning = translate(error, conn)
         if isinstance(meaning, TableChanged):
             raise Halt("database", f"{meaning}; `consumerd setup` makes the daemon's own tables") from error
+        if isinstance(meaning, Rejected):
+            raise Halt("database", f"Postgres refused a statement: {meaning} (SQLSTATE {error.sqlstate})") from error
         raise meaning from error
+    finally:
+        busy_since.pop(conn, None)
 
 
 def translate(  # noqa: PLR0911 - one for each meaning
@@ -236,10 +261,6 @@ async def call(
     conn: AsyncConnection[Any], query: sql.Composed | LiteralString, values: Mapping[str, Any] | None = None
 ) -> list[tuple[Any, ...]]:
     """Run one query outside the write path and return its rows; psycopg's errors leave it translated."""
-    busy_since[conn] = time.monotonic()
-    try:
-        async with errors_of(conn):
-            cursor = await conn.execute(query, values)
-            return await cursor.fetchall() if cursor.description else []
-    finally:
-        busy_since.pop(conn, None)
+    async with errors_of(conn):
+        cursor = await conn.execute(query, values)
+        return await cursor.fetchall() if cursor.description else []

@@ -38,7 +38,6 @@ CODES: dict[str, Next] = {
     "08006": Next.RECONNECT,
     "08007": Next.RECONNECT,
     "25P03": Next.RECONNECT,  # idle_in_transaction_session_timeout
-    "25P04": Next.RECONNECT,  # transaction_timeout
     "57P01": Next.RECONNECT,
     "57P02": Next.RECONNECT,
     "57P03": Next.RECONNECT,
@@ -52,6 +51,7 @@ CODES: dict[str, Next] = {
     "40P01": Next.RETRY,
     "55P03": Next.RETRY,
     "57014": Next.SMALLER,
+    "25P04": Next.SMALLER,  # transaction_timeout; the connection is gone, too
     # The data of a row.
     "22000": Next.ISOLATE,
     "22001": Next.ISOLATE,

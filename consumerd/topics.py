@@ -7,8 +7,10 @@ cluster answers no admin calls) topic ids are unknown and the dead-letter topic'
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,8 +37,6 @@ FRESH = 0.1
 """Seconds for which a look at the topics' ids holds."""
 CONFIRM_TIMEOUT = 1.0
 """Seconds for such a look: a write waits for it."""
-UNANSWERED_PAUSE = 5.0
-"""Seconds until the next such look after one that was not answered."""
 
 LETTER_HEADROOM = 64 * 1024
 """Bytes by which a letter may be larger than its message: the headers that say why."""
@@ -59,8 +59,7 @@ class Topics:
     def __init__(self, kafka: KafkaConfig) -> None:
         self._kafka = kafka
         self._confirming = asyncio.Lock()
-        self._confirmed = -FRESH
-        self._unanswered = -UNANSWERED_PAUSE
+        self._confirmed = -math.inf
         try:
             self._admin = AdminClient(client_config(kafka))
         except KafkaException as error:
@@ -95,38 +94,33 @@ class Topics:
         """Look now and then whether topics are still the same ones; raises Halt when one was made again."""
         while self._kafka.admin:
             await asyncio.sleep(WATCH_INTERVAL)
-            await self.confirm(topics)
+            with suppress(Outage):  # the consumer meets the same, and tells
+                await self.confirm(topics, time.monotonic())
 
-    async def confirm(self, topics: Mapping[str, Topic]) -> None:
-        """Make sure that topics are the ones that were found, by a look that began a moment ago at most.
+    async def confirm(self, topics: Mapping[str, Topic], arrived: float) -> None:
+        """Make sure, for messages that arrived at a (monotonic) time, that they are of the topics that were found.
 
         Kafka tells nobody of a topic that was deleted and made again: the old position goes on in the new log, and
-        what lies below it there is skipped. To be made again and read takes longer than `FRESH`. Raises Halt; brokers
-        that do not answer are passed over: what is written was read while the topics were there.
+        what lies below it there is skipped. A look that began before the messages came tells of them, too, if it was
+        not more than `FRESH` before: to make a topic again and to read it takes longer. Raises Halt for another topic,
+        Outage when no broker answers. A topic that is gone is still the old one.
         """
-        asked = time.monotonic()
-        if not self._kafka.admin or asked < max(self._confirmed + FRESH, self._unanswered + UNANSWERED_PAUSE):
+        if not self._kafka.admin or arrived <= self._confirmed + FRESH:
             return
         async with self._confirming:
-            if self._confirmed >= asked:
+            if arrived <= self._confirmed + FRESH:
                 return
             began = time.monotonic()
-            try:
-                ids = await asyncio.to_thread(self._ids, list(topics), CONFIRM_TIMEOUT)
-            except (TimeoutError, KafkaException) as error:
-                # A broker's own answer (a topic that is gone, for one) is no reason to look less often.
-                if isinstance(error, TimeoutError) or error.args[0].code() < 0:
-                    self._unanswered = time.monotonic()
-                return
+            ids = await self._call(self._ids, list(topics), CONFIRM_TIMEOUT)
+            for name, topic in topics.items():
+                if topic.topic_id is not None and ids.get(name, topic.topic_id) != topic.topic_id:
+                    raise Halt(
+                        "topic",
+                        f"topic {name} was deleted and made again: its offsets mean other messages than the "
+                        f"checkpoint; nothing of the new topic was written; set `group_id` to a new name to read it "
+                        f"from its start",
+                    )
             self._confirmed = began
-        for name, topic in topics.items():
-            if ids[name] != topic.topic_id:
-                self._confirmed = -FRESH
-                raise Halt(
-                    "topic",
-                    f"topic {name} was deleted and made again: its offsets mean other messages than the checkpoint; "
-                    f"nothing of the new topic was written; set `group_id` to a new name to read it from its start",
-                )
 
     async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> None:
         """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt."""
@@ -169,7 +163,14 @@ class Topics:
 
     def _ids(self, names: list[str], timeout: float = CALL_TIMEOUT) -> dict[str, str]:
         futures = self._admin.describe_topics(TopicCollection(names), request_timeout=timeout)
-        return {name: str(future.result(timeout).topic_id) for name, future in futures.items()}
+        ids = {}
+        for name, future in futures.items():
+            try:
+                ids[name] = str(future.result(timeout).topic_id)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise
+        return ids
 
     def _settings(self, topic: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)

@@ -55,7 +55,7 @@ WHERE a.pid = ANY (%(pids)s)"""
 _END_BLOCKERS = """\
 SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
 WHERE a.pid = ANY (pg_catalog.pg_blocking_pids(%(pid)s)) AND a.pid <> ALL (%(ours)s)
-  AND a.usename = current_user AND a.application_name = pg_catalog.current_setting('application_name')"""
+  AND a.usename = session_user AND a.application_name = pg_catalog.current_setting('application_name')"""
 
 
 @dataclass(slots=True)

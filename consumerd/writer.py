@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from consumerd.accumulator import Batch
     from consumerd.encode import Mapping
     from consumerd.member import Member
+    from consumerd.postgres import TransactionId
 
 Work = list[tuple["Batch", Lease]]
 """Batches of one write, each with the lease that its partition had when it was taken."""
@@ -44,7 +45,7 @@ class Writer:
         """What is being written now."""
         self.writing = False
         """Whether a transaction that writes is open."""
-        self._doubt: tuple[str, Work] | None = None
+        self._doubt: tuple[TransactionId, Work] | None = None
         """The transaction whose COMMIT was not answered, where no checkpoint tells what became of it."""
 
     async def run(self) -> None:
@@ -94,11 +95,19 @@ class Writer:
                 for batch, lease in work:
                     await self._member.read_back(batch, lease)
             except Outage as outage:
-                await self.abort()
-                if isinstance(outage, Cancelled):
-                    self._member.cancelled(work)
+                await self._meet(outage, work)
                 if any(self._member.holds(batch, lease) for batch, lease in work):
                     raise
+
+    async def _meet(self, outage: Outage, work: Work) -> None:
+        """Let go of the connection, and do what can be done now: fewer rows next, or what owes no letters."""
+        await self.abort()
+        if isinstance(outage, Cancelled):
+            self._member.cancelled(work)
+        elif outage.source == "dead_letter":
+            free = [(batch, lease) for batch, lease in work if not batch.owes_letters]
+            if len(free) < len(work):
+                await self._until_settled(free)
 
     async def _step(self, work: Work, mapping: Mapping) -> None:
         """Write, or learn which of it is refused: a write of several batches goes again one by one."""
@@ -106,7 +115,8 @@ class Writer:
             if len(work) > 1:
                 await self._one_by_one(work)
                 return
-            self._member.split(work[0][0], self._member.limit)
+            if not work[0][0].on_their_way:
+                self._member.split(work[0][0], self._member.limit)
         try:
             await self._attempt(work, mapping)
         except Rejected as rejected:
@@ -122,7 +132,7 @@ class Writer:
     async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
-        await member.confirm_topics()
+        await member.confirm_topics(max(batch.arrived for batch, _ in work))
         encoded = [mapping.encoder.encode(batch) for batch, _ in work]
         for batch, _ in work:
             await self._dead_letter(batch)
@@ -150,10 +160,11 @@ class Writer:
             raise
         finally:
             self.writing = False
+            member.wake()
         member.written(work, time.monotonic() - started)
         member.recovered(self._name, "postgres", "dead_letter")
 
-    async def _settle_doubt(self, transaction: str, work: Work) -> None:
+    async def _settle_doubt(self, transaction: TransactionId, work: Work) -> None:
         """Ask what became of a COMMIT that was not answered; raises Outage while the server does not know."""
         conn = await self._connection(self._member.mapping)
         if await postgres.was_committed(conn, transaction):

@@ -359,7 +359,7 @@ class Database:
             return []
         return self._simple(backend, query, values)
 
-    def _simple(self, backend: Backend, query: Any, values: Any) -> Rows:  # noqa: ANN401, C901, PLR0911
+    def _simple(self, backend: Backend, query: Any, values: Any) -> Rows:  # noqa: ANN401, C901, PLR0911, PLR0912
         if query == postgres.BEGIN:
             self._pids += 1
             backend.transaction = Transaction(self._pids)
@@ -381,6 +381,8 @@ class Database:
             return [self._state(self.backends[pid]) for pid in values["pids"] if pid in self.backends]
         elif query == watch._END_BLOCKERS:
             return self._end_blockers(values["pid"], values["ours"])
+        elif query == postgres._HISTORY:
+            return [("00000001", "1")]
         elif "pg_current_xact_id" in query and backend.transaction is not None:
             return [(str(backend.transaction.number),)]
         elif "pg_xact_status" in query:
