@@ -383,9 +383,12 @@ class ConsumerThread(threading.Thread):
             self._tell(self._listener.failed, Halt("kafka", f"losing partitions failed: {error}"))
 
     def _on_statistics(self, text: str) -> None:
-        """Learn that this member was let in without a partition: the consumer protocol calls back for none (seen)."""
+        """Learn that this member is in its group without a partition: the consumer protocol calls back for none (seen).
+
+        Nor does its join state tell (it stays "init"); a coordinator that was there for a while has let it in.
+        """
         group = orjson.loads(text).get("cgrp", {})
-        spare = group.get("join_state") == "steady" and not self._owned
+        spare = not self._owned and group.get("state") == "up" and group.get("stateage", 0) > STATISTICS_INTERVAL_MS
         if spare and not self._spare:
             self._tell(self._listener.assigned, [])
         self._spare = spare

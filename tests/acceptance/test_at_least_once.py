@@ -182,3 +182,12 @@ def _state(run: Daemon) -> str | None:
         return str(handlers_of(run)[0]["state"])
     except (OSError, IndexError):
         return None
+
+
+def test_a_unique_index_is_refused(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:
+    """A batch that is repeated would be refused by a unique index and dead-lettered: such a table halts the handler."""
+    make_table(database, "events", "PRIMARY KEY")
+    run = daemon({"events": handler(topic(1))}, wait=False)
+    wait_until(lambda: _state(run) == "halted", 30, "the halt")
+    assert "unique index" in str(handlers_of(run)[0]["halt"]["message"])
+    assert run.stop() == 0

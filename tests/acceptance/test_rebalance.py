@@ -378,3 +378,16 @@ def halt_of(daemon: Daemon) -> str:
         halt = daemon.status()["handlers"]["events"]["halt"]
         return str(halt["message"]) if halt else ""
     return ""
+
+
+@pytest.mark.parametrize("protocol", ["cooperative", "kip-848"])
+def test_a_spare_member_is_ready(
+    kafka: KafkaServer, table: str, topic: MakeTopic, daemon: MakeDaemon, protocol: str
+) -> None:
+    """A member that the group has let in without a partition is ready and running, whatever the protocol."""
+    name = topic(1)
+    first = daemon(events(name), config(kafka, table, PROTOCOLS[protocol]))
+    wait_until(lambda: held(first) == [0], TIMEOUT, "the partition")
+    spare = daemon(events(name), config(kafka, table, PROTOCOLS[protocol]))  # waits until it is ready
+    assert held(spare) == []
+    assert spare.status()["handlers"]["events"]["state"] == "running"

@@ -174,7 +174,7 @@ MUTANTS = (
         changes=(
             Change(
                 file="member.py",
-                old="        return max((self._batches.memory + in_transit) / self.bound, "
+                old="        return max((self._batches.memory + in_transit) / self._full, "
                 "self._batches.messages / self._enough)\n",
                 new="        return 0.0 * in_transit\n",
             ),
