@@ -15,7 +15,7 @@ demo: .venv/.runtime-installed  ## the whole path on an embedded broker and data
 
 test: .venv/.dev-installed  ## unit, integration and acceptance tests, on a real Kafka and a real Postgres
 	@echo "Running the tests (the first run fetches Kafka, about 50 MB)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 lint: .venv/.dev-installed  ## ruff, mypy, the rules of import
 	@echo "Checking with ruff, mypy and import-linter"

@@ -114,7 +114,9 @@ class Assignment:
         leases = {}
         for partition, claimed in stored.items():
             lease = await self._place(conn, partition, claimed, found[partition])
-            if lease is not None and partition in self.assigned:
+            if lease is None:  # a zombie claimed it in between, unless it was revoked
+                self.claim_later(partition)
+            elif partition in self.assigned:
                 leases[partition] = lease
         return leases
 

@@ -49,6 +49,11 @@ def client_config(kafka: KafkaConfig) -> dict[str, Any]:
         "log_level": 2,
         # A broker that is back is noticed at once; librdkafka's own pause grows to ten seconds.
         "reconnect.backoff.max.ms": 1000,
+        # A deaf connection is given up after this long; with the default of a minute recovery took 49 s.
+        "socket.timeout.ms": 10_000,
+        "api.version.request.timeout.ms": 3000,
+        # How long a topic that is not known is taken for a new one that brokers do not know yet.
+        "topic.metadata.propagation.max.ms": 3000,
         **properties,
     }
 

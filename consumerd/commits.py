@@ -88,6 +88,15 @@ class Commits:
             self._unanswered += 1
             self._sent_at, self._next = now, now + INTERVAL
 
+    def forget(self, partitions: Iterable[TopicPartition]) -> None:
+        """Drop what is left of partitions that are given up: they may come back, and others commit in between."""
+        gone = set(partitions)
+        with self._lock:
+            for partition in gone:
+                self._waiting.pop(partition, None)
+                self._sent.pop(partition, None)
+            self._awaited = [entry for entry in self._awaited if entry[0].partition not in gone]
+
     def on_answer(self, error: ck.KafkaError | None, partitions: list[ck.TopicPartition]) -> None:
         """Settle those who wait; what failed is sent again, unless it was replaced. Called on the Kafka thread."""
         self._unanswered -= 1

@@ -108,6 +108,9 @@ class Listener(Protocol):
     def reachable(self, sentence: str | None) -> None:
         """Take note that no broker answers, or, with None, that one does again."""
 
+    def reached_gap(self, partition: TopicPartition, halt: Halt) -> None:
+        """Take note that what follows the messages told so far is gone from the log."""
+
     def failed(self, error: ConsumerdError) -> None:
         """Take note of what ends the handler."""
 
@@ -236,11 +239,12 @@ class ConsumerThread(threading.Thread):
     def _deliver(self, consumer: ck.Consumer, messages: list[ck.Message]) -> None:
         """Hand messages to the loop, grouped by partition; those of partitions that are not ours are dropped."""
         grouped: defaultdict[tuple[str, int], list[ck.Message]] = defaultdict(list)
+        events = []
         for message in messages:
             if message.error() is None:
                 grouped[message.topic(), message.partition()].append(message)  # type: ignore[index]
             else:
-                self._on_event(consumer, message)
+                events.append(message)
         chunks = [
             Chunk(partition, group, size_of(group))  # type: ignore[arg-type]
             for key, group in grouped.items()
@@ -250,6 +254,8 @@ class ConsumerThread(threading.Thread):
             size = sum(chunk.size for chunk in chunks)
             self._told += size
             self._tell(self._received, chunks, size)
+        for event in events:  # after the messages: what is said of a gap is said of what follows them
+            self._on_event(consumer, event)
 
     def _received(self, chunks: list[Chunk], size: int) -> None:
         self._listener.received(chunks)
@@ -341,6 +347,7 @@ class ConsumerThread(threading.Thread):
                 log.warning("a revoke was not settled in time", extra={"partitions": _names(ours)})
             self.commits.send(consumer, self._owned, time.monotonic(), at_once=True)
             self._owned.difference_update(ours)
+            self.commits.forget(ours)
             if self._incremental:
                 consumer.incremental_unassign(partitions)
             else:
@@ -354,6 +361,7 @@ class ConsumerThread(threading.Thread):
             ours = _ours(partitions)
             self._live.difference_update(ours)
             self._owned.difference_update(ours)
+            self.commits.forget(ours)
             if self._incremental:
                 consumer.incremental_unassign(partitions)
             else:
@@ -378,9 +386,8 @@ class ConsumerThread(threading.Thread):
             partition = TopicPartition(str(message.topic()), int(message.partition() or 0))
             if partition in self._live:
                 group, bootstrap = self._config["group.id"], self._config["bootstrap.servers"]
-                self._tell(
-                    self._listener.failed, brokers.gap_of(consumer, partition, message.offset(), group, bootstrap)
-                )
+                halt = brokers.gap_of(consumer, partition, message.offset(), group, bootstrap)
+                self._tell(self._listener.reached_gap, partition, halt)
         elif code in UNKNOWN:
             self._unknown.setdefault(str(message.topic()), time.monotonic())
         elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:

@@ -86,11 +86,11 @@ class Member:
         self.mapping: Mapping
         self._loading = asyncio.Lock()
         self.checkpoints: Checkpoints | KafkaCheckpoints
-        self.watch = Watch(self._connect, handler.name)
         self.limit = handler.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
         self._tails: dict[TopicPartition, float] = {}
         self._lost_connection = asyncio.Event()
+        self.watch = Watch(self._connect, handler.name, self._lost_connection.set)
         self.bound = int(memory * (1 - LIBRDKAFKA_SHARE))
         self._queue_memory = memory - self.bound
         self._enough = BATCHES_PER_CONNECTION * handler.max_connections * handler.batch.max_messages
@@ -104,6 +104,8 @@ class Member:
         self._positions: dict[TopicPartition, int] = {}
         self._thread: ConsumerThread | None = None
         self._writers: list[Writer] = []
+        self._endings: set[asyncio.Task[None]] = set()
+        """Write what lies before a gap, then halt."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
@@ -188,7 +190,7 @@ class Member:
 
     def _still_outside(self) -> None:
         """Say that the group has not let this member in yet."""
-        if self.progress.state == "starting":
+        if self.progress.state == "starting" and not self._assignment.assigned:
             sentence = (
                 f"group {self.handler.group_id} has not let this member in yet: a member that died is in it until its "
                 f"session times out (session.timeout.ms, 45 s by default)"
@@ -243,6 +245,8 @@ class Member:
         commits = []
         for batch, lease in work:
             lease.next_offset = batch.next_offset
+            if not batch.messages and self._positions.get(batch.partition) == batch.first_offset:
+                self._positions[batch.partition] = batch.next_offset
             lease.max_offset = max(lease.max_offset, batch.next_offset)
             self._batches.done(batch)
             if self._assignment.leases.get(batch.partition) is lease:
@@ -489,6 +493,9 @@ class Member:
         self._assignment.unassign(partitions)
         self._release(partitions)
         self.progress.rebalanced(len(self._assignment.assigned), lost=partitions)
+        if self.progress.state != "halted":
+            sentence = f"group {self.handler.group_id} has let this member go: its heartbeats did not arrive in time"
+            self.progress.outage("kafka", sentence, GROUP)
 
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
         """Note the high watermarks."""
@@ -531,6 +538,22 @@ class Member:
         elif self.progress.state != "halted":
             self.progress.outage("kafka", sentence, CONSUMER)
 
+    def reached_gap(self, partition: TopicPartition, halt: Halt) -> None:
+        """Halt once everything before a gap is written: that may be gone from the log as well."""
+
+        async def halt_behind_it() -> None:
+            await self._flush([partition], "drain", None)
+            try:
+                await self.confirm_topics()
+            except Halt as another:
+                self.failed(another)
+            if partition in self._assignment.leases:
+                self.failed(halt)
+
+        task = asyncio.create_task(halt_behind_it(), name=f"{self.handler.name}: gap")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
     def failed(self, error: ConsumerdError) -> None:
         """Halt, by the task that waits for it."""
         if not self._failure.done():
@@ -561,7 +584,7 @@ class Member:
                 self.progress.released(partition)
         self._settled.set()
 
-    async def _flush(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float) -> bool:
+    async def _flush(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float | None) -> bool:
         """Write what is gathered of partitions; False if some is left at the deadline."""
         self._batches.hurry(partitions, reason)
         self._wake.set()
@@ -578,8 +601,9 @@ class Member:
                 if writer.writing and any(b.partition in gone and self.holds(b, lease) for b, lease in writer.work)
             ]
 
-        if not await self._wait(lambda: not in_flight(), deadline):
-            for writer in in_flight():
+        await self._wait(lambda: not in_flight(), deadline)
+        for writer in self._writers:  # a probe, too, holds the checkpoint's lock
+            if any(batch.partition in gone and self.holds(batch, lease) for batch, lease in writer.work):
                 writer.cut()
 
     async def _wait(self, condition: Callable[[], bool], deadline: float | None) -> bool:

@@ -47,7 +47,7 @@ SETTINGS_TIMEOUT = 5.0
 """Seconds for what is said on a new connection, before anybody watches over it."""
 
 BEGIN = """\
-BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
 SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                                         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""

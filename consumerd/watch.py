@@ -1,5 +1,7 @@
 """Watches over connections that wait for Postgres: a deaf one is cut, a zombie that blocks a claim is ended.
 
+One that ended while it was idle is found by its socket: so an idle daemon, too, learns of a failover.
+
 A connection whose peer no longer hears it, or whose answer was lost on the way, waits for ever: TCP's own timers see
 nothing when something in between acknowledges the bytes. To measure the time of a statement would end slow ones, which
 then never come to an end. So the server itself is asked, over a fresh connection: a backend that works is left alone,
@@ -16,6 +18,7 @@ import asyncio
 import fcntl
 import logging
 import math
+import select
 import struct
 import termios
 import time
@@ -65,11 +68,14 @@ class _Waiting:
 
 
 class Watch:
-    """The connections of one handler; `connect` opens the one that asks."""
+    """The connections of one handler; `connect` opens the one that asks, `lost` is called when an idle one ended."""
 
-    def __init__(self, connect: Callable[[], Awaitable[AsyncConnection[Any]]], handler: str) -> None:
+    def __init__(
+        self, connect: Callable[[], Awaitable[AsyncConnection[Any]]], handler: str, lost: Callable[[], None]
+    ) -> None:
         self._connect = connect
         self._handler = handler
+        self._lost = lost
         self._connections: WeakKeyDictionary[AsyncConnection[Any], _Waiting] = WeakKeyDictionary()
 
     def add(self, conn: AsyncConnection[Any], *, claims: bool = False) -> None:
@@ -79,6 +85,10 @@ class Watch:
 
     async def look(self) -> None:
         """Look at every connection once; to be called each `INTERVAL`. Raises Outage when Postgres cannot be asked."""
+        for conn in list(self._connections):
+            if conn not in busy_since and not conn.closed and _hung_up(conn):
+                await conn.close()
+                self._lost()
         patient = time.monotonic() - PATIENCE
         waiting = {conn: known for conn, known in self._connections.items() if busy_since.get(conn, patient) < patient}
         if waiting:
@@ -128,6 +138,16 @@ def _not_heard(said: tuple[object, ...]) -> bool:
         return True
     state, wait_event, *_ = said
     return state in {"idle", "idle in transaction", "idle in transaction (aborted)"} or wait_event == "ClientRead"
+
+
+def _hung_up(conn: AsyncConnection[Any]) -> bool:
+    """Whether the server has ended a connection, or said something, while nothing was asked of it."""
+    poll = select.poll()
+    try:
+        poll.register(conn.fileno(), select.POLLIN)
+    except psycopg.Error:
+        return True
+    return bool(poll.poll(0))
 
 
 def _unsent(conn: AsyncConnection[Any]) -> int:

@@ -65,8 +65,8 @@ class Writer:
             await conn.close()
 
     def cut(self) -> None:
-        """Break the connection under whatever waits for it, which gets an error and closes it."""
-        if self._conn is not None:
+        """Break the connection under a transaction, which gets an error and closes it."""
+        if self._conn is not None and self._conn in postgres.busy_since:
             postgres.cut(self._conn)
 
     async def _write(self, work: Work) -> None:

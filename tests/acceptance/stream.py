@@ -70,7 +70,15 @@ class Stream:
 
     def __post_init__(self) -> None:
         """Make the producer."""
-        self._producer = Producer({"bootstrap.servers": self.bootstrap, "linger.ms": 5, "acks": "all", "log_level": 0})
+        self._producer = Producer(
+            {
+                "bootstrap.servers": self.bootstrap,
+                "linger.ms": 5,
+                "enable.idempotence": True,  # an outage would otherwise have it send a record twice, and report one
+                "reconnect.backoff.max.ms": 100,  # what is measured is the daemon's recovery, not this one's
+                "log_level": 0,
+            }
+        )
 
     def produce(self, count: int, *, per_second: float | None = None) -> None:
         """Send records; a key always goes to the same partition. Returns when the broker has all of them."""

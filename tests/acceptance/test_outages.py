@@ -7,7 +7,7 @@ from tests.acceptance.stream import Stream, doubled, letters, make_table, rows, 
 from tests.acceptance.test_exactly_once import caught_up, handler
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
-from tests.servers.kafka import KafkaServer
+from tests.servers.kafka import KafkaCluster, KafkaServer
 from tests.servers.postgres import PostgresServer
 from tests.servers.process import free_port, wait_until
 from tests.servers.proxy import Proxy
@@ -23,7 +23,7 @@ def retries(daemon: Daemon) -> float:
     return daemon.metrics()['consumerd_retries_total{cause="postgres",handler="events"}']
 
 
-def check(kafka: KafkaServer, dsn: str, stream: Stream) -> None:
+def check(kafka: KafkaServer | KafkaCluster, dsn: str, stream: Stream) -> None:
     """Compare table and letters with what was sent."""
     numbers = rows(dsn, "events")
     assert doubled(numbers) == {}

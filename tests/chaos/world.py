@@ -19,7 +19,7 @@ from psycopg import sql
 
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import SYSTEM_USER, PostgresServer
-from tests.servers.process import free_port, wait_until
+from tests.servers.process import wait_until
 from tests.servers.proxy import Proxy
 
 SESSION_TIMEOUT_MS = 6000
@@ -44,8 +44,6 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.threads = ThreadPoolExecutor(THREADS, "fault")
-        inner = free_port()
-        self.kafka_proxy = Proxy(inner)
         seconds = str(SESSION_TIMEOUT_MS)
         self.kafka = KafkaServer(
             _made(folder / "kafka"),
@@ -55,8 +53,9 @@ class World:
                 "group.consumer.heartbeat.interval.ms": "1000",
                 "group.consumer.min.heartbeat.interval.ms": "1000",
             },
-            proxied=(inner, self.kafka_proxy.port),
         )
+        self.kafka_proxy = Proxy(self.kafka.second_port)
+        self.kafka.advertise(self.kafka_proxy.port)
         self.postgres = PostgresServer(
             _made(folder / "postgres"),
             {"max_connections": "100", "superuser_reserved_connections": "12", "max_wal_size": "4GB"},

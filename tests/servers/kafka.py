@@ -5,6 +5,7 @@ formatted, empty data folder that each broker copies, which saves the second tha
 static one of the broker alone, so that nothing in the data folder depends on a port.
 """
 
+import base64
 import functools
 import os
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -39,25 +41,33 @@ MAX_MESSAGE_BYTES = 20 * 1024 * 1024  # tests send a value of 10 MB
 class KafkaServer:
     """One broker, its own controller. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(
-        self, folder: Path, properties: Mapping[str, str] | None = None, proxied: tuple[int, int] | None = None
-    ) -> None:
-        """Prepare a broker in ``folder``; ``properties`` are added to its server.properties, or replace lines there.
-
-        ``proxied`` is a second listener: its port, and the proxy's port at which its clients are told to find it.
-        """
+    def __init__(self, folder: Path, properties: Mapping[str, str] | None = None, *, node: int = 1) -> None:
+        """Prepare a broker in ``folder``; ``properties`` are added to its server.properties, or replace lines there."""
         self.folder = folder
+        self.node = node
         self.port = free_port()
+        self.second_port = free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
+        controller = f"127.0.0.1:{free_port()}"
+        self.voter = f"{node}@{controller}"
         self.log = folder / "kafka.log"
         self._process: Process | None = None
-        self._properties = _properties(folder / "data", self.port, free_port())
-        if proxied is not None:
-            listener, told = proxied
-            self._properties["listeners"] += f",PROXIED://127.0.0.1:{listener}"
-            self._properties["advertised.listeners"] += f",PROXIED://127.0.0.1:{told}"
-            self._properties["listener.security.protocol.map"] += ",PROXIED:PLAINTEXT"
-        self._properties |= dict(properties or {})
+        self._properties = _properties(folder / "data", node, self.bootstrap, controller) | dict(properties or {})
+
+    def configure(self, properties: Mapping[str, str]) -> None:
+        """Set properties that hold from the next start on."""
+        self._properties |= properties
+
+    def advertise(self, port: int) -> None:
+        """Listen on ``second_port`` too, and name ``port``, a proxy's, to the clients that come that way."""
+        now = self._properties
+        self.configure(
+            {
+                "listeners": f"{now['listeners']},PROXIED://127.0.0.1:{self.second_port}",
+                "advertised.listeners": f"{now['advertised.listeners']},PROXIED://127.0.0.1:{port}",
+                "listener.security.protocol.map": f"{now['listener.security.protocol.map']},PROXIED:PLAINTEXT",
+            }
+        )
 
     @property
     def running(self) -> bool:
@@ -66,13 +76,23 @@ class KafkaServer:
 
     def start(self) -> None:
         """Start, and return when it answers a client and coordinates groups. Does nothing to one that runs."""
-        if self.running:
-            return
+        if not self.running:
+            self.launch()
+            self.wait_ready()
+
+    def launch(self) -> None:
+        """Start the process alone; wait_ready() waits until it answers."""
         cache = fetch()
-        if not (self.folder / "data").exists():
-            shutil.copytree(cache / "template", self.folder / "data")
+        data = self.folder / "data"
+        if not data.exists():
+            shutil.copytree(cache / "template", data)
+            _name_node(data / "meta.properties", self.node)
         properties = _write_properties(self.folder / "server.properties", self._properties)
         self._process = Process([*JAVA, "-cp", f"{cache}/libs/*", "kafka.Kafka", str(properties)], self.log)
+
+    def wait_ready(self) -> None:
+        """Wait until it answers a client and coordinates groups."""
+        assert self._process is not None
         what = f"Kafka on {self.bootstrap}"
         self._process.wait_ready(self._listens, START_TIMEOUT, what)
         client = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "consumerd-tests-warm-up", "log_level": 0})
@@ -99,10 +119,6 @@ class KafkaServer:
         """SIGCONT."""
         self._signal(signal.SIGCONT)
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None and self._process.running:
-            os.kill(self._process.pid, number)
-
     def close(self) -> None:
         """Kill it and remove its data; the log stays."""
         self.kill()
@@ -113,9 +129,46 @@ class KafkaServer:
         command = [*JAVA, "-cp", f"{fetch()}/libs/*", main_class, *arguments]
         return _run(command, QUESTION_TIMEOUT * 30)
 
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.running:
+            os.kill(self._process.pid, number)
+
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class KafkaCluster:
+    """Brokers that are one cluster, each a voter of its quorum. A topic has as many replicas as there are brokers."""
+
+    def __init__(self, folder: Path, size: int = 3) -> None:
+        """Prepare brokers in folders below ``folder``; writes want all replicas but one in sync."""
+        properties = {
+            "default.replication.factor": str(size),
+            "offsets.topic.replication.factor": str(size),
+            "min.insync.replicas": str(size - 1),
+        }
+        self.servers = []
+        for node in range(1, size + 1):
+            (folder / str(node)).mkdir(parents=True)
+            self.servers.append(KafkaServer(folder / str(node), properties, node=node))
+        voters = ",".join(server.voter for server in self.servers)
+        for server in self.servers:
+            server.configure({"controller.quorum.voters": voters})
+        self.bootstrap = ",".join(server.bootstrap for server in self.servers)
+
+    def start(self) -> None:
+        """Start those that do not run, and return when all of them answer."""
+        for server in self.servers:
+            if not server.running:
+                server.launch()
+        for server in self.servers:
+            server.wait_ready()
+
+    def close(self) -> None:
+        """Kill them and remove their data."""
+        for server in self.servers:
+            server.close()
 
 
 def _answers(client: Consumer) -> bool:
@@ -167,7 +220,8 @@ def _fetch_into(folder: Path) -> None:
     _run(
         ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", f"-DoutputDirectory={libs}"], FETCH_TIMEOUT
     )
-    properties = _write_properties(folder / "target" / "server.properties", _properties(folder / "template", 1, 2))
+    made = _properties(folder / "template", 1, "127.0.0.1:1", "127.0.0.1:2")
+    properties = _write_properties(folder / "target" / "server.properties", made)
     formatting = ["kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties)]
     _run([*JAVA, "-cp", f"{libs}/*", *formatting], FETCH_TIMEOUT)
     shutil.rmtree(folder / "target")
@@ -185,20 +239,32 @@ def _run(command: list[str], timeout: float) -> str:
     return done.stdout
 
 
-def _properties(data: Path, port: int, controller_port: int) -> dict[str, str]:
+def _name_node(path: Path, node: int) -> None:
+    """Make a copy of the template another node's: an id of its own for node and folder."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    own = {"node.id": str(node), "directory.id": base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")}
+    _write_properties(path, dict(line.split("=", 1) for line in lines if not line.startswith("#")) | own)
+
+
+def _properties(data: Path, node: int, address: str, controller: str) -> dict[str, str]:
     return {
         "process.roles": "broker,controller",
-        "node.id": "1",
-        "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+        "node.id": str(node),
+        "listeners": f"PLAINTEXT://{address},CONTROLLER://{controller}",
+        "advertised.listeners": f"PLAINTEXT://{address}",
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-        "controller.quorum.voters": f"1@127.0.0.1:{controller_port}",
+        "controller.quorum.voters": f"{node}@{controller}",
         "log.dirs": str(data),
         "message.max.bytes": str(MAX_MESSAGE_BYTES),
         "auto.create.topics.enable": "false",
         "group.initial.rebalance.delay.ms": "0",
+        # KIP-848 has the broker say when a member is dead: 45 s and a heartbeat each 5 s by default.
+        "group.consumer.min.session.timeout.ms": "1000",
+        "group.consumer.session.timeout.ms": "6000",
+        "group.consumer.min.heartbeat.interval.ms": "500",
+        "group.consumer.heartbeat.interval.ms": "1000",
         # A broker that was killed is let in again when its old session has run out (9 s by default).
         "broker.session.timeout.ms": "3000",
         "broker.heartbeat.interval.ms": "500",

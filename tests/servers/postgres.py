@@ -6,19 +6,24 @@ on the same TCP port, so only its binaries are used. As root they run as the sys
 are Postgres's own, ``fsync`` on included: what survives a kill here would survive it in production.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, LiteralString
 
 import psycopg
 
 from tests.servers.process import MissingPart, Process, free_port, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SYSTEM_USER = "pgserver"  # the wheel's name for it
 START_TIMEOUT = 30  # seconds: it takes 0.3, more when a crash left much log to replay
@@ -29,7 +34,7 @@ INITDB_TIMEOUT = 60  # seconds: it takes 1
 class PostgresServer:
     """One cluster. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, settings: "Mapping[str, str] | None" = None) -> None:
         """Prepare a cluster in ``folder``; ``settings`` are the server's, beside or in place of those of all tests."""
         self.folder = folder
         self._settings = dict(settings or {})
@@ -77,22 +82,44 @@ class PostgresServer:
         if self._process is not None:
             self._process.stop(STOP_TIMEOUT, signal.SIGINT)
 
-    def kill(self) -> None:
-        """SIGKILL to the postmaster and to each of its children, and wait until all are gone."""
+    def kill(self, *, children: bool = True) -> None:
+        """SIGKILL to the postmaster and to each of its children, and wait until all are gone.
+
+        Children that are spared notice by themselves, and leave when they next wait for something.
+        """
         if self._process is None or not self._process.running:
             return
         # Each backend leads a session of its own, so no process group holds them. A survivor would keep the shared
         # memory, and the next start would refuse.
-        children = [
+        pids = [
             int(pid) for pid in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         ]
         self._process.kill()
-        for pid in children:
+        for pid in pids if children else ():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_until(
-            lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), STOP_TIMEOUT, "Postgres's children"
-        )
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), STOP_TIMEOUT, "Postgres's children")
+
+    def standby(self, folder: Path) -> PostgresServer:
+        """Make and start a physical standby of this running server: it follows, asynchronously, until promoted."""
+        data = folder / "data"
+        options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync", f"--dbname={self.dsn}"]
+        _run([str(_binaries() / "pg_basebackup"), f"--pgdata={data}", *options])
+        if _system_user() != "-":
+            _run(["chown", "-R", f"{_system_user()}:", str(data)])
+        standby = PostgresServer(folder)
+        standby.start()
+        return standby
+
+    def promote(self) -> None:
+        """Make a standby the primary; returns when it takes writes."""
+        self.execute("SELECT pg_promote()")
+
+    def execute(self, statement: LiteralString) -> list[tuple[Any, ...]]:
+        """Run a statement as the superuser, outside a transaction, and return its rows."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
 
     def close(self) -> None:
         """End it at once and remove its data; the log stays."""

@@ -2,7 +2,8 @@
 
 It runs an event loop in a thread of its own, so that a test may block. ``stop`` refuses and resets, ``cut`` resets what
 is open and keeps listening, ``deaf`` swallows every byte both ways while the connections stay up (a half-open peer),
-``slow`` holds every chunk back for a while.
+``slow`` holds every chunk back for a while, ``strand`` swallows for good with those that are open, and hides from each
+end that the other has closed.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ class Proxy:
         self._open: set[asyncio.StreamWriter] = set()
         self._deaf = False
         self._delay = 0.0
+        self._stranded: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -57,6 +59,10 @@ class Proxy:
         """Hold back each chunk of up to 64 KiB, both ways, for so long; 0 ends it."""
         self._delay = seconds
 
+    def strand(self) -> None:
+        """Forget the open connections, as a restarted router does: neither end hears anything of the other again."""
+        self._order(self._forget())
+
     def close(self) -> None:
         """Stop, and end the thread."""
         self.stop()
@@ -84,6 +90,9 @@ class Proxy:
             end.transport.abort()
         await asyncio.sleep(0)  # the loop closes them in its next turn
 
+    async def _forget(self) -> None:
+        self._stranded |= self._open
+
     async def _finish(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
@@ -102,18 +111,21 @@ class Proxy:
         self._open |= ends
         if self._server is not None:  # else it was stopped in between
             await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+            if writer in self._stranded:
+                await asyncio.wait(copies)  # until both ends have given up, each by itself
         for copy in copies:
             copy.cancel()
         for end in ends:
             end.close()
         self._open -= ends
+        self._stranded -= ends
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while chunk := await reader.read(CHUNK):
                 if self._delay:
                     await asyncio.sleep(self._delay)
-                if not self._deaf:
+                if not self._deaf and writer not in self._stranded:
                     writer.write(chunk)
                     await writer.drain()
         except OSError:  # a reset: both ends are closed by _serve

@@ -59,7 +59,18 @@ class PostgresDeaf(Fault):
 
     def end(self, stage: Stage) -> None:
         stage.world.postgres_proxy.hear()
-        stage.world.postgres_proxy.cut()
+        if self.dice.random() < 1 / 2:  # else the daemons find out by themselves
+            stage.world.postgres_proxy.cut()
+
+
+class PostgresForgotten(Fault):
+    """Open connections to Postgres forgotten, as by a router: neither end ever hears of the other again."""
+
+    kind, weight = "Postgres connections forgotten", 2
+    holds = frozenset({"postgres proxy"})
+
+    def begin(self, stage: Stage) -> None:
+        stage.world.postgres_proxy.strand()
 
 
 class PostgresSlow(Fault):

@@ -1,0 +1,230 @@
+"""P4, P9, rules 5 and 27: a database that is slow, silent or full is not waited for in vain, nor left half-written."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from tests.acceptance.outage import RECOVERED_WITHIN, SEEN_WITHIN, Scene, tell
+from tests.acceptance.stream import make_table, slow_commits
+from tests.conftest import MakeDaemon, MakeTopic
+from tests.servers.kafka import KafkaServer
+from tests.servers.postgres import SYSTEM_USER, PostgresServer
+from tests.servers.process import wait_until
+from tests.servers.proxy import Proxy
+
+NOT_DRAINED = 75
+DISK = 4 * 1024 * 1024
+"""Bytes of the small disk."""
+SPEED = """
+CREATE TABLE pace (quick_from timestamptz NOT NULL);
+INSERT INTO pace VALUES ('-infinity');
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN
+    IF now() < (SELECT quick_from FROM pace) THEN PERFORM pg_sleep({seconds}); END IF; RETURN NEW; END';
+CREATE TRIGGER slow BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION slow()"""
+"""Each row takes a while in transactions that began before `quick_from`: a later one is not held up by an older's."""
+FOR_MINUTES = 120.0
+"""Seconds for each row. A backend whose client has died notices only when it has written what it has received."""
+LARGE = {"max_messages": 20_000, "max_age": "200ms"}
+
+
+def slow_table(dsn: str, seconds: float) -> None:
+    """Make the table; each of its rows can be made to take a while."""
+    make_table(dsn, "events")
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(SPEED.format(seconds=seconds).encode())
+
+
+def turn(dsn: str, *, slow: bool) -> None:
+    """Make transactions slow, or those that begin from now on quick."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("UPDATE pace SET quick_from = CASE WHEN %s THEN 'infinity' ELSE clock_timestamp() END", [slow])
+
+
+def copying(dsn: str) -> bool:
+    """Whether a session of the daemon is in the middle of a slow COPY."""
+    asked = (
+        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'consumerd/events' "
+        "AND query LIKE 'COPY%' AND wait_event = 'PgSleep'"
+    )
+    with psycopg.connect(dsn) as conn:
+        return conn.execute(asked).fetchone() is not None
+
+
+@pytest.fixture
+def disk(servers_folder: Path, breakable_postgres: PostgresServer) -> Iterator[Path]:
+    """Mount a small disk of its own for the tablespace `small`."""
+    folder = servers_folder / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=0711", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("a small disk is a tmpfs, which this user or container may not mount")
+    try:
+        space = folder / "space"
+        space.mkdir()
+        shutil.chown(space, SYSTEM_USER)
+        with psycopg.connect(breakable_postgres.dsn, autocommit=True) as conn:
+            conn.execute(f"CREATE TABLESPACE small LOCATION '{space}'".encode())
+            yield folder
+            conn.execute("DROP TABLESPACE small")
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def proxy(breakable_postgres: PostgresServer) -> Iterator[Proxy]:
+    """Start a proxy before the server."""
+    proxy = Proxy(breakable_postgres.port)
+    proxy.start()
+    yield proxy
+    proxy.close()
+
+
+def test_a_full_disk(
+    disk: Path, kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P4: rows that find no room wait for it, visibly, and land once when there is some; none is a dead letter."""
+    make_table(breakable_database, "events")
+    with psycopg.connect(breakable_database, autocommit=True) as conn:
+        conn.execute("ALTER TABLE events SET TABLESPACE small")
+    with Scene(kafka, topic(2), daemon, breakable_database) as events:
+        ballast = disk / "ballast"
+        with pytest.raises(OSError, match="No space left"):
+            ballast.write_bytes(bytes(DISK))
+        events.waits("53100")
+        ballast.unlink()
+        events.recovers()
+        events.check()
+
+
+def test_writes_longer_than_statement_timeout_become_smaller(
+    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """Rule 27: a batch that cannot end within `statement_timeout` is written in smaller ones, and poison is found."""
+    slow_table(breakable_database, 0.002)
+    settings = {"postgres": {"settings": {"statement_timeout": "300ms"}}}
+    with Scene(kafka, topic(2), daemon, breakable_database, config=settings, batch=LARGE) as events:
+        events.catches_up()
+        turn(breakable_database, slow=True)
+        events.stream.produce(1_500)
+        events.waits("57014")
+        events.recovers(60)
+        turn(breakable_database, slow=False)
+        events.check()
+
+
+def test_ten_rows_a_second_progress_and_a_stop_ends(
+    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """Rule 27, P9: at 10 rows/s rows land; a stop ends in time with 75, and the next run writes the rest, each once."""
+    slow_table(breakable_database, 0.1)
+    config: dict[str, dict[str, object]] = {
+        "postgres": {"settings": {"statement_timeout": "1s"}},
+        "daemon": {"drain_timeout": "2s"},
+    }
+    with Scene(kafka, topic(2), daemon, breakable_database, config=config, batch=LARGE) as events:
+        events.catches_up()
+        turn(breakable_database, slow=True)
+        events.stream.produce(500)
+        for _ in range(2):  # not the first small write alone
+            events.goes_on(60)
+        began = time.monotonic()
+        assert NOT_DRAINED == events.run.stop()
+        tell("exit with 75", began)
+        assert time.monotonic() - began < 10
+        turn(breakable_database, slow=False)
+        events.run.start()
+        events.run.wait_ready()
+        events.check(again=True)
+
+
+def test_what_a_killed_daemon_left_running_does_not_block_the_next(
+    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """Rule 5: a killed daemon's backend, busy for minutes still, is ended by the next one's claim within seconds."""
+    slow_table(breakable_database, FOR_MINUTES)
+    config = {"kafka": {"group_instance_id": "one"}}
+    with Scene(kafka, topic(2), daemon, breakable_database, config=config, batch=LARGE) as events:
+        events.catches_up()
+        turn(breakable_database, slow=True)
+        events.stream.produce(2_000)
+        wait_until(lambda: copying(breakable_database), 20, "a slow COPY")
+        events.run.kill()
+        turn(breakable_database, slow=False)
+        assert copying(breakable_database)
+        began = time.monotonic()
+        events.run.start()
+        events.run.wait_ready(40)
+        wait_until(lambda: events.written() > 0, 40, "rows of the next run")
+        tell("first new row", began)
+        events.check(again=True)
+
+
+def test_a_zombie_inside_copy_is_ended_and_joins_again(
+    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """Rule 5, P2: a member stopped inside COPY holds its successor up for seconds; awake, it joins again."""
+    slow_table(breakable_database, FOR_MINUTES)
+    with Scene(kafka, topic(2), daemon, breakable_database, batch=LARGE) as events:
+        first = events.run
+        events.catches_up()
+        turn(breakable_database, slow=True)
+        events.stream.produce(2_000)
+        wait_until(lambda: copying(breakable_database), 20, "a slow COPY")
+        os.kill(first.process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        turn(breakable_database, slow=False)
+        try:
+            second = events.run = daemon(events.handlers, {"postgres": {"dsn": breakable_database}}, wait=False)
+            second.wait_ready(60)
+            wait_until(lambda: events.written() > 0, 40, "rows of the second")
+            tell("first row of the successor", began)
+        finally:
+            os.kill(first.process.pid, signal.SIGCONT)
+        events.run = first
+        wait_until(lambda: len(events.status()["partitions"]) == 1, 60, "a partition for the first again")
+        before = events.written()
+        events.resume()
+        wait_until(lambda: events.written() > before, RECOVERED_WITHIN, "rows of the first again")
+        events.pause()
+        events.run = second
+        assert first.stop() == 0
+        events.check(again=True)
+
+
+def test_connections_that_hear_nothing_for_a_while(
+    proxy: Proxy, kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P4: what was lost while no byte passed is not waited for: the daemon finds out by itself and writes it again."""
+    with through(proxy, kafka, breakable_database, topic(2), daemon) as events:
+        proxy.deaf()
+        events.waits("ostgres")
+        proxy.hear()
+        events.recovers()
+        events.dsn = breakable_database
+        events.check()
+
+
+def test_connections_that_a_router_forgot(
+    proxy: Proxy, kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P4, rule 5: connections deaf for good are given up, and their backends, which hold the checkpoint, are ended."""
+    with through(proxy, kafka, breakable_database, topic(2), daemon) as events:
+        proxy.strand()
+        events.goes_on(SEEN_WITHIN)
+        events.dsn = breakable_database
+        events.check()
+
+
+def through(proxy: Proxy, kafka: KafkaServer, database: str, topic: str, daemon: MakeDaemon) -> Scene:
+    """Return a scene whose daemon reaches the database through a proxy."""
+    make_table(database, "events")
+    slow_commits(database, "events")
+    return Scene(kafka, topic, daemon, make_conninfo(database, host="127.0.0.1", port=proxy.port))

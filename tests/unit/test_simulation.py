@@ -1,0 +1,146 @@
+"""The core in one process with a clock, a broker and a database of the test's own, through thousands of interleavings.
+
+A seed is a world: what happens to it (rebalances at any await, zombies, crashes, lost answers, a database that goes
+back, resets by an operator) and in which order callbacks run. More of them by hand, and one with its trace:
+`CONSUMERD_SIMULATION_SEEDS=100000 pytest tests/unit/test_simulation.py -k seeds`, and
+`python -m tests.unit.simulation all postgres 85`.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from consumerd import checkpoint
+from consumerd.accumulator import Accumulator
+from consumerd.assignment import Assignment
+from consumerd.member import Member
+from consumerd.writer import Writer
+from tests.unit.simulation.core import run, simulated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SEEDS = int(os.environ.get("CONSUMERD_SIMULATION_SEEDS", "150"))
+MUTANT_SEEDS = 400
+"""Seeds within which a mutant must be caught."""
+TRACED = 60
+"""Last lines of a trace that are shown."""
+WORLDS = [
+    *((kind, "postgres") for kind in ("rebalance", "faults", "zombies", "back", "all")),
+    *((kind, "kafka") for kind in ("rebalance", "faults", "zombies", "all")),
+]
+
+
+@pytest.fixture(autouse=True)
+def core() -> Iterator[None]:
+    """Run within the simulation; without the collector, whose moments are nobody's seed."""
+    gc.collect()
+    gc.disable()
+    with simulated():
+        yield
+    gc.enable()
+
+
+def problem(kind: str, mode: str, seeds: int) -> tuple[int, str] | None:
+    """Return the first seed in which something did not hold, and what."""
+    for seed in range(seeds):
+        found = run(seed, kind, mode).problem
+        if found is not None:
+            return seed, found
+        if seed % 100 == 0:
+            gc.collect()
+    return None
+
+
+@pytest.mark.parametrize(("kind", "mode"), WORLDS)
+@pytest.mark.timeout(max(120, SEEDS))
+def test_seeds(kind: str, mode: str) -> None:
+    """Whatever happens: each message in the table once (P1, P2), in order (P3), nothing after a hand-over (P9)."""
+    found = problem(kind, mode, SEEDS)
+    if found is not None:
+        trace = run(found[0], kind, mode, traced=True).trace or []
+        print("\n".join(trace[-TRACED:]))  # noqa: T201 - what led to it
+    assert found is None
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("all", "postgres"), ("zombies", "kafka")])
+def test_a_seed_is_always_the_same(kind: str, mode: str) -> None:
+    """A seed gives the same trace each time: what it finds can be looked at."""
+    for seed in range(6):
+        first = run(seed, kind, mode, traced=True).trace
+        assert first
+        assert first == run(seed, kind, mode, traced=True).trace
+
+
+MUTANTS: dict[str, tuple[type, str, str, str, str, str]] = {
+    "the lease is not compared": (
+        Member, "holds", ".get(batch.partition) is lease", ".get(batch.partition) is not None", "all", "postgres"),
+    "a revoke neither waits nor cuts": (
+        Member, "revoked", "await self._settle(partitions, deadline)", "pass", "rebalance", "postgres"),
+    "claims are not awaited by a revoke": (
+        Member, "revoked", "await self._assignment.claims_landed()", "pass", "rebalance", "postgres"),
+    "messages of an earlier seek are taken": (
+        Member, "_release", "self._positions.pop(partition, None)", "pass", "back", "postgres"),
+    "rejects are dropped": (
+        Writer, "_dead_letter", "await self._member.letters.send(batch)", "pass", "rebalance", "postgres"),
+    "a fenced write counts as written": (
+        Writer, "_until_settled", "await self._member.read_back(batch, lease)",
+        "self._member.written([(batch, lease)], 0.0)", "zombies", "postgres"),
+    "a write goes on where it was, not where the checkpoint is": (
+        Member, "_return_to", "next_offset=offset,", "next_offset=lease.next_offset,", "back", "postgres"),
+    "chunks are gathered in the wrong order": (
+        Accumulator, "add", "queue.chunks.append", "queue.chunks.appendleft", "rebalance", "postgres"),
+    "an adopted offset is not stamped": (
+        Assignment, "_place", "await self._acknowledge(partition, offset)", "pass", "zombies", "postgres"),
+    "a database that goes back is not noticed": (
+        Member, "_compare", "if not before", "if before", "back", "postgres"),
+    "the next batch does not wait for the commit": (
+        Assignment, "committed", "promise is None or promise.done()", "True", "zombies", "kafka"),
+    "an unknown commit is written again": (
+        Writer, "_settle_doubt", "if await postgres.was_committed(conn, transaction)",
+        "if not await postgres.was_committed(conn, transaction) and False", "faults", "kafka"),
+}  # fmt: skip
+"""What is broken, how, and in which worlds that must be seen."""
+
+
+def broken(owner: type, name: str, old: str, new: str) -> Any:  # noqa: ANN401
+    """Return a method with some of its text replaced."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(old) == 1
+    module = vars(sys.modules[owner.__module__])
+    made: dict[str, Any] = {}
+    exec("from __future__ import annotations\n" + source.replace(old, new), module, made)  # noqa: S102 - our own text
+    return made[name]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that breaks a promise is caught: a simulation that cannot fail proves nothing."""
+    owner, name, old, new, kind, mode = MUTANTS[mutant]
+    monkeypatch.setattr(owner, name, broken(owner, name, old, new))
+    assert problem(kind, mode, MUTANT_SEEDS) is not None
+
+
+@pytest.mark.parametrize(
+    ("statement", "condition", "instead"),
+    [
+        ("_ADVANCE", "AND c.epoch = e.epoch AND c.next_offset = e.old_offset", ""),
+        ("_CLAIM", "epoch = c.epoch + 1, ", ""),
+    ],
+    ids=["no compare-and-set", "a claim raises no epoch"],
+)
+def test_mutants_of_statements_are_caught(
+    statement: str, condition: str, instead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that moves from wherever it is, or is claimed without a fence, is caught (rules 2 and 3)."""
+    text = getattr(checkpoint, statement)
+    assert condition in text
+    monkeypatch.setattr(checkpoint, statement, text.replace(condition, instead))
+    assert problem("zombies", "postgres", MUTANT_SEEDS) is not None
