@@ -34,7 +34,7 @@ INITDB_TIMEOUT = 60  # seconds: it takes 1
 class PostgresServer:
     """One cluster. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(self, folder: Path, settings: "Mapping[str, str] | None" = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
         """Prepare a cluster in ``folder``; ``settings`` are the server's, beside or in place of those of all tests."""
         self.folder = folder
         self._settings = dict(settings or {})
