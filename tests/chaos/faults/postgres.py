@@ -106,9 +106,9 @@ class TableLock(Fault):
 
 
 class RowLock(TableLock):
-    """Some keys of the upsert table locked by somebody."""
+    """Some keys of the upsert table locked by somebody, few enough to pass for poison."""
 
-    kind, weight, lasts = "rows locked", 3, (0.3, 4.0)
+    kind, weight, lasts = "rows locked", 2, (0.3, 15.0)
     statement = "SELECT FROM {table} WHERE grp % 1000 < 5 FOR UPDATE"
     table = ("upsert",)
 
