@@ -17,8 +17,8 @@ pytest.importorskip("rich", reason="the demo's extra is not installed: pip insta
 
 DEMO = [sys.executable, "-m", "consumerd", "demo"]
 REPOSITORY = Path(__file__).parents[2]
-DEMO_TIMEOUT = 90  # seconds: it takes 15 on two idle cores
-END_TIMEOUT = 20  # seconds to clean up
+DEMO_TIMEOUT = 110  # seconds: it takes 15 on two idle cores
+END_TIMEOUT = 60  # seconds to clean up
 
 
 @pytest.fixture

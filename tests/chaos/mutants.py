@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.chaos import segment
 from tests.chaos.segment import Plan
-from tests.chaos.variant import Protocol
+from tests.chaos.variant import Mode, Protocol
 from tests.chaos.world import World, end_in_order, make_folder
 from tests.servers.daemon import REPOSITORY
 
@@ -46,6 +46,7 @@ class Mutant:
     records: int = 150_000
     daemons: int | None = None
     protocol: Protocol | None = None
+    mode: Mode = "postgres"
 
 
 NO_COMPARE = Change(
@@ -184,6 +185,20 @@ MUTANTS = (
         records=1_000_000,
         daemons=1,
     ),
+    Mutant(
+        name="repeats-unbounded",
+        breaks="rule 28: at least once, a batch is written before the last one's commit is acknowledged",
+        changes=(
+            Change(
+                file="writer.py",
+                old="                elif self._member.committed(work):\n",
+                new="                elif self._member is not None:\n",
+            ),
+        ),
+        kinds=("daemon killed",),
+        faults=30,
+        mode="kafka",
+    ),
 )
 
 
@@ -231,7 +246,7 @@ def _catch(world: World, mutant: Mutant, seed: int) -> str:
                 seconds=SECONDS,
                 records=mutant.records,
                 faults=mutant.faults,
-                mode="postgres",
+                mode=mutant.mode,
                 kinds=mutant.kinds,
                 protocol=mutant.protocol,
                 daemons=mutant.daemons,
@@ -245,7 +260,7 @@ def _catch(world: World, mutant: Mutant, seed: int) -> str:
 
 def _how(result: dict[str, Any]) -> str:
     counts = [f"{count} {times}" for count, times in result["counts"].items() if times]
-    return ", ".join(counts) or result["problems"][0]
+    return "; ".join([*([", ".join(counts)] if counts else []), *(problem[:200] for problem in result["problems"])])
 
 
 if __name__ == "__main__":

@@ -84,9 +84,12 @@ class Stage:
             )
             self.producer.grow(partitions)
 
-    def wait_for_backends(self) -> None:
-        """Wait until Postgres has ended the sessions of daemons that are gone: a COMMIT may still be on its way."""
-        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'consumerd/%%' AND datname = %s"
+    def end_backends(self) -> None:
+        """End what daemons that are gone have left in Postgres; a COMMIT on its way lands before that, or never."""
+        query = (
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            "WHERE application_name LIKE 'consumerd/%%' AND datname = %s"
+        )
         with self.world.superuser() as conn:
             wait_until(
                 lambda: conn.execute(query, [self.database]).fetchone() == (0,), BACKENDS_TIMEOUT, "backends to end"

@@ -199,4 +199,4 @@ def test_start_is_quick(kafka: KafkaServer) -> None:
     kafka.stop()
     begin = time.monotonic()
     kafka.start()
-    assert time.monotonic() - begin < 20.0
+    assert time.monotonic() - begin < 60.0

@@ -2,8 +2,8 @@
 
 It runs an event loop in a thread of its own, so that a test may block. ``stop`` refuses and resets, ``cut`` resets what
 is open and keeps listening, ``deaf`` swallows every byte both ways while the connections stay up (a half-open peer),
-``strand`` does so for good with those that are open, and hides from each end that the other has closed.
-``slow`` holds every chunk back for a while.
+``slow`` holds every chunk back for a while, ``strand`` swallows for good with those that are open, and hides from each
+end that the other has closed.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._deaf = False
-        self._stranded: set[asyncio.StreamWriter] = set()
         self._delay = 0.0
+        self._stranded: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -55,13 +55,13 @@ class Proxy:
         """Carry bytes again. What was swallowed stays lost: cut() the connections that missed it."""
         self._deaf = False
 
-    def strand(self) -> None:
-        """Forget the open connections, as a restarted router does: neither end hears anything of the other again."""
-        self._order(self._forget())
-
     def slow(self, seconds: float) -> None:
         """Hold back each chunk of up to 64 KiB, both ways, for so long; 0 ends it."""
         self._delay = seconds
+
+    def strand(self) -> None:
+        """Forget the open connections, as a restarted router does: neither end hears anything of the other again."""
+        self._order(self._forget())
 
     def close(self) -> None:
         """Stop, and end the thread."""

@@ -10,6 +10,7 @@ from tests.chaos.faults.postgres import (
     NoConnections,
     PostgresCut,
     PostgresDeaf,
+    PostgresForgotten,
     PostgresKill,
     PostgresSlow,
     PostgresStop,
@@ -26,7 +27,7 @@ KINDS: dict[str, type[Fault]] = {
     for fault in (
         *(Kill, Pause, Hang, Terminate, Join, Rewind),
         *(BrokerStop, BrokerKill, KafkaCut, KafkaDeaf, KafkaSlow, Grow),
-        *(PostgresStop, PostgresKill, PostgresCut, PostgresDeaf, PostgresSlow),
+        *(PostgresStop, PostgresKill, PostgresCut, PostgresDeaf, PostgresForgotten, PostgresSlow),
         *(TableLock, RowLock, Backlog, Cancel, TerminateBackends, NoConnections, ReadOnly, DiskFull),
     )
 }

@@ -95,7 +95,7 @@ class Rewind(Fault):
         self._stopped = [slot for slot in stage.fleet.slots if slot.wanted]
         for slot in self._stopped:
             slot.stop()
-        stage.wait_for_backends()
+        stage.end_backends()
         for handler in stage.variant.handlers:
             if handler == "upsert" or not stage.variant.primary_key:
                 stage.rewind(handler, {part: self.dice.randint(0, REWIND) for part in range(stage.producer.partitions)})

@@ -59,7 +59,18 @@ class PostgresDeaf(Fault):
 
     def end(self, stage: Stage) -> None:
         stage.world.postgres_proxy.hear()
-        stage.world.postgres_proxy.cut()
+        if self.dice.random() < 1 / 2:  # else the daemons find out by themselves
+            stage.world.postgres_proxy.cut()
+
+
+class PostgresForgotten(Fault):
+    """Open connections to Postgres forgotten, as by a router: neither end ever hears of the other again."""
+
+    kind, weight = "Postgres connections forgotten", 2
+    holds = frozenset({"postgres proxy"})
+
+    def begin(self, stage: Stage) -> None:
+        stage.world.postgres_proxy.strand()
 
 
 class PostgresSlow(Fault):
@@ -95,9 +106,9 @@ class TableLock(Fault):
 
 
 class RowLock(TableLock):
-    """Some keys of the upsert table locked by somebody."""
+    """Some keys of the upsert table locked by somebody, few enough to pass for poison."""
 
-    kind, weight, lasts = "rows locked", 3, (0.3, 4.0)
+    kind, weight, lasts = "rows locked", 2, (0.3, 15.0)
     statement = "SELECT FROM {table} WHERE grp % 1000 < 5 FOR UPDATE"
     table = ("upsert",)
 
