@@ -54,6 +54,7 @@ class DeadLetters:
         self._producer: ck.Producer | None = None
         self._topic = handler.dead_letter.topic
         self._fatal: str | None = None
+        self._closed = False
         self._sending = asyncio.Lock()
 
     async def send(self, batch: Batch) -> None:
@@ -69,11 +70,14 @@ class DeadLetters:
                 await asyncio.to_thread(self._send, batch, due)
             except KafkaException as error:
                 raise self._meaning(error.args[0], batch) from error
+        if self._closed:
+            raise Outage("dead_letter", "the producer was closed")
         if not batch.lettered.issuperset(due):
             raise Halt("bug", f"letters of {batch.partition} were neither acknowledged nor refused")
 
     def close(self) -> None:
         """Let go of the producer; what it has not delivered is sent again by whoever reads the messages again."""
+        self._closed = True
         if self._producer is not None:
             self._producer.purge()
             self._producer.flush(1.0)
