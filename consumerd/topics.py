@@ -111,7 +111,12 @@ class Topics:
             if arrived <= self._confirmed + FRESH:
                 return
             began = time.monotonic()
-            ids = await self._call(self._ids, list(topics), CONFIRM_TIMEOUT)
+            try:
+                ids = await self._call(self._ids, list(topics), CONFIRM_TIMEOUT)
+            except Outage:  # it was asked of a broker that is gone, until the cluster is looked at again
+                await self._call(self._partitions)
+                began = time.monotonic()
+                ids = await self._call(self._ids, list(topics), CONFIRM_TIMEOUT)
             for name, topic in topics.items():
                 if topic.topic_id is not None and ids.get(name, topic.topic_id) != topic.topic_id:
                     raise Halt(

@@ -87,7 +87,7 @@ def test_ten_kills_lose_and_double_nothing(
         for producer in producers:
             producer.join()
     run.wait_ready()
-    wait_until(lambda: caught_up(run, streams), 60, "both handlers at the end of their topics")
+    wait_until(lambda: caught_up(run, streams), 120, "both handlers at the end of their topics")
     assert run.stop() == 0
 
     events = rows(database, "events")

@@ -200,7 +200,7 @@ class World:
         alive = self._alive()
         drained = await asyncio.gather(*(process.drain() for process in alive))
         for process, done in zip(alive, drained, strict=True):
-            if not done or process.member.progress.state not in {"stopped", "starting"}:
+            if not done or process.member.progress.state not in {"stopped", "starting", "waiting"}:
                 self.fail(f"{process.name} did not drain: {process.member.progress.state}")
             if process.member.memory():
                 self.fail(f"{process.name} stopped and holds {process.member.memory()} bytes")
