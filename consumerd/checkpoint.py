@@ -196,11 +196,12 @@ class Checkpoints:
         others = await call(conn, self._sql(_OTHER_GROUP), self._keys(partitions))
         if others:
             ((other,),) = others
+            forget = f"DELETE FROM {self._schema.as_string()}.checkpoint WHERE group_id = '{other}'"  # noqa: S608
             raise Halt(
                 "checkpoint",
                 f"group {other} writes {partitions[0].topic} to {self.target} already, and group {self.group} has no "
-                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or forget it: '
-                f"delete its rows from {self._schema.as_string()}.checkpoint",
+                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or, if that '
+                f"group is over (its topic was made again, for one), forget it: {forget}",
             )
         values = {
             "topics": list(counts),

@@ -55,6 +55,8 @@ class DeadLetters:
         self._topic = handler.dead_letter.topic
         self._fatal: str | None = None
         self._closed = False
+        self.largest: int | None = None
+        """Bytes that the topic must take, for who makes it again."""
         self._sending = asyncio.Lock()
 
     async def send(self, batch: Batch) -> None:
@@ -156,10 +158,11 @@ class DeadLetters:
                 "dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it, then restart"
             )
         if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}:  # noqa: SLF001
+            size = f" --config max.message.bytes={self.largest}" if self.largest else ""
             return Outage(
                 "dead_letter",
                 f"dead-letter topic {topic} is gone; make it again: kafka-topics --bootstrap-server "
-                f"{self._kafka.bootstrap_servers} --create --topic {topic} --config retention.ms=-1",
+                f"{self._kafka.bootstrap_servers} --create --topic {topic} --config retention.ms=-1{size}",
             )
         return Outage("dead_letter", f"dead-letter topic {topic}: {error.str()}")
 

@@ -166,7 +166,7 @@ class Member:
         found = self._found = await self._topics.find(
             self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers]
         )
-        await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
+        self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
             schema, group = self.config.postgres.schema_name, self.handler.group_id

@@ -127,8 +127,11 @@ class Topics:
                     )
             self._confirmed = began
 
-    async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> None:
-        """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt."""
+    async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> int | None:
+        """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt.
+
+        Return the bytes that its largest letter may have, if the brokers tell.
+        """
         there = await self._call(self._partitions)
         largest = await self._largest_message(sources) if self._kafka.admin else None
         if config.topic not in there:
@@ -145,6 +148,7 @@ class Topics:
             await self._call(self._create, config, largest)
         elif largest is not None:
             _check(config.topic, await self._call(self._settings, config.topic), largest, self._kafka.bootstrap_servers)
+        return largest
 
     async def _largest_message(self, sources: Iterable[str]) -> int:
         settings = [await self._call(self._settings, source) for source in sources]
