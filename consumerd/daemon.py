@@ -76,7 +76,7 @@ class Daemon:
         for member in self._members:
             handlers[member.handler.name] = member.progress.status(member.unwritten())
             metrics.buffered_bytes.labels(member.handler.name).set(member.memory())
-            metrics.buffer_limit_bytes.labels(member.handler.name).set(member.bound)
+            metrics.buffer_limit_bytes.labels(member.handler.name).set(member.budget.buffered)
         return {"version": __version__, "pid": os.getpid(), "started": self._started, "handlers": handlers}
 
     def _catch_signals(self) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from consumerd.accumulator import Batch
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
-    from consumerd.sinks.base import Sink
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
@@ -40,22 +39,6 @@ class Rows:
 
     rows: list[Row]
     positions: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """A table as it was read from the catalog: how messages become its rows, and how these are written.
-
-    A write uses one mapping from its first step to its last; another writer may meanwhile have read the table again.
-    """
-
-    encoder: Encoder
-    sink: Sink
-
-    @property
-    def table(self) -> Table:
-        """The table that both were made for."""
-        return self.encoder.table
 
 
 class Encoder:

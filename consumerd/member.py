@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tenacity
 
-from consumerd import catalog, metrics, postgres
-from consumerd.accumulator import Accumulator, Bounds, size_of
+from consumerd import metrics, postgres
+from consumerd.accumulator import Accumulator, size_of
 from consumerd.assignment import Assignment
 from consumerd.breaker import Breaker
 from consumerd.brokers import consumer_config
+from consumerd.budget import divide
 from consumerd.checkpoint import Checkpoints, KafkaCheckpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
-from consumerd.encode import Encoder, Mapping
-from consumerd.errors import ConfigError, ConsumerdError, Halt, Outage, TableChanged
-from consumerd.kafka import CONSUME_BYTES, ConsumerThread
+from consumerd.errors import ConsumerdError, Halt, Outage
+from consumerd.kafka import ConsumerThread
+from consumerd.live_table import LiveTable
 from consumerd.progress import Progress
-from consumerd.sinks.append import Append
-from consumerd.sinks.upsert import Upsert
+from consumerd.reconcile import RECONCILE, Reconciler
 from consumerd.topics import Topics
 from consumerd.watch import Watch
 from consumerd.writer import Writer
@@ -51,38 +51,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEMBER, CONSUMER, GROUP, WATCH, COMPARE = "member", "consumer", "group", "watch", "compare"
+MEMBER, CONSUMER, GROUP, WATCH = "member", "consumer", "group", "watch"
 """Who meets outages, beside the writers."""
 JOIN_VISIBLE_AFTER = 5.0
 """Seconds after which a handler that is not in its group yet says so."""
-LIBRDKAFKA_SHARE = 0.125
-"""Share of a handler's memory for librdkafka's queue, which need not be large: it is read from at memory's speed."""
-ENCODED_SHARE = 0.25
-"""Share of a handler's memory for the rows of the batches in flight."""
-BUFFER_SHARE = 0.5
-"""Share of a handler's memory for the messages themselves. The rest is what the allocator holds between them: a tenth
-was seen with messages of 100 kB."""
-ROW_COPIES = 2
-"""Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY."""
-ROW_OVERHEAD = 600
-"""Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
-BATCHES_PER_CONNECTION = 2
-"""Full batches to hold for each connection: the one being written, and the next. More is memory for nothing."""
 PRESSURE = 0.8
 """Share of the buffer from which on everything gathered is written at once."""
 CLAIM_SHARE = 0.3
 """Share of a revoke's deadline that a claim under way has to land; one that lands later would fence the next owner."""
 FLUSH_SHARE = 0.5
 """Share of a revoke's deadline in which gathered messages are still begun to be written."""
-COMPARE_INTERVAL = 60.0
-"""Seconds between two comparisons of the checkpoints with where this member is; one follows each lost connection."""
 TAIL_INTERVAL = 30.0
 """Seconds between two moves of a checkpoint over offsets that hold no message."""
 CANCELLED_ALONE = 30
 """Times that Postgres may cancel the write of one message alone, before that is a halt."""
 TIMER_SLACK = 0.001
 """Seconds by which the timer for a batch's age is late rather than early."""
-PRIVILEGES = {"append": ("INSERT",), "upsert": ("INSERT", "UPDATE", "SELECT")}
 
 
 class Member:
@@ -94,24 +78,19 @@ class Member:
         self.progress = Progress(handler.name)
         self.breaker = Breaker(handler.poison)
         self.letters = DeadLetters(config.kafka, handler)
-        self.mapping: Mapping
-        self._loading = asyncio.Lock()
+        self.table = LiveTable(handler, self.connect)
+        self.reconciler = Reconciler(self)
         self.checkpoints: Checkpoints | KafkaCheckpoints
         self._tails: dict[TopicPartition, float] = {}
-        self._lost_connection = asyncio.Event()
         self._claiming: AsyncConnection[Any] | None = None
-        self.watch = Watch(self._connect, handler.name, self._lost_connection.set)
-        self.bound = int(memory * BUFFER_SHARE)
-        self._full = self.bound - min(CONSUME_BYTES, self.bound // 8)
-        self._queue_memory = int(memory * LIBRDKAFKA_SHARE)
-        bounds = _bounds(handler, int(memory * ENCODED_SHARE))
-        self._enough = BATCHES_PER_CONNECTION * handler.max_connections * bounds.max_messages
-        self._batches = Accumulator(bounds)
-        self._most = self.limit = bounds.max_messages
+        self.watch = Watch(self._connect, handler.name, self.reconciler.soon)
+        self.budget = divide(memory, handler)
+        self._batches = Accumulator(self.budget.batch)
+        self.limit = self.budget.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
         self._topics: Topics
         self._found: dict[str, Topic] = {}
-        self._assignment: Assignment
+        self.assignment: Assignment
         self._positions: dict[TopicPartition, int] = {}
         self._thread: ConsumerThread | None = None
         self._writers: list[Writer] = []
@@ -137,7 +116,7 @@ class Member:
                 tasks.create_task(self._claim_forever(), name=f"{name}: claim")
                 tasks.create_task(self._fail(), name=f"{name}: failure")
                 tasks.create_task(self._topics.watch(self._found), name=f"{name}: topics")
-                tasks.create_task(self._compare_forever(), name=f"{name}: compare")
+                tasks.create_task(self.reconciler.run(), name=f"{name}: reconcile")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
@@ -150,7 +129,7 @@ class Member:
         self.progress.to("stopping")
         with suppress(Outage):  # a halt has closed the thread
             await self._thread.stop_delivery()
-        drained = await self._flush(list(self._assignment.leases), "drain", deadline)
+        drained = await self._flush(list(self.assignment.leases), "drain", deadline)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(max(deadline, time.monotonic() + 1)):
                 await self._thread.close()
@@ -172,8 +151,8 @@ class Member:
             schema, group = self.config.postgres.schema_name, self.handler.group_id
             if self.handler.checkpoint == "postgres":
                 await ensure_schema(conn, schema)
-            await self._load_table(conn)
-            target = self.mapping.table.identifier
+            await self.table.read(conn)
+            target = self.table.mapping.table.identifier
             self.checkpoints = (
                 Checkpoints(schema, group, target)
                 if self.handler.checkpoint == "postgres"
@@ -182,10 +161,10 @@ class Member:
             store = await self.checkpoints.store(conn)
         finally:
             await conn.close()
-        settings = consumer_config(self.config.kafka, self.handler.group_id, self._queue_memory)
+        settings = consumer_config(self.config.kafka, self.handler.group_id, self.budget.queue)
         self._writers = [Writer(self, f"writer {n}") for n in range(self.handler.max_connections)]
         self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name)
-        self._assignment = Assignment(
+        self.assignment = Assignment(
             self.config.kafka,
             self.handler,
             topics=found,
@@ -200,7 +179,7 @@ class Member:
 
     def _still_outside(self) -> None:
         """Say that the group has not let this member in yet."""
-        if self.progress.state == "starting" and not self._assignment.assigned:
+        if self.progress.state == "starting" and not self.assignment.assigned:
             sentence = (
                 f"group {self.handler.group_id} has not let this member in yet: a member that died is in it until its "
                 f"session times out (session.timeout.ms, 45 s by default)"
@@ -209,7 +188,7 @@ class Member:
 
     async def _claim_forever(self) -> None:
         while True:
-            await self.retry(MEMBER, self._claim, await self._assignment.next_to_claim())
+            await self.retry(MEMBER, self._claim, await self.assignment.next_to_claim())
 
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""
@@ -219,7 +198,7 @@ class Member:
         """Leave the group, free the buffers, and say why; the daemon and its other handlers go on."""
         self.progress.halt(halt)
         if self._thread is not None:
-            self._release(list(self._assignment.leases))
+            self.release(list(self.assignment.leases))
             await self._thread.close()
         await asyncio.to_thread(self.letters.close)
 
@@ -241,14 +220,14 @@ class Member:
             batches = self._batches.take(time.monotonic(), pressure=self._under_pressure())
             if batches:
                 self.progress.taken(batches)
-                return [(batch, self._assignment.leases[batch.partition]) for batch in batches]
+                return [(batch, self.assignment.leases[batch.partition]) for batch in batches]
             self._wake.clear()
             self._set_timer()
             await self._wake.wait()
 
     def holds(self, batch: Batch, lease: Lease) -> bool:
         """Whether a batch is still to be written: its partition is leased as it was, and it is not written yet."""
-        return self._assignment.leases.get(batch.partition) is lease and lease.next_offset <= batch.first_offset
+        return self.assignment.leases.get(batch.partition) is lease and lease.next_offset <= batch.first_offset
 
     def written(self, work: Work, seconds: float) -> None:
         """Take note of a committed write: leases move, memory is freed, Kafka is told in a while."""
@@ -259,16 +238,19 @@ class Member:
                 self._positions[batch.partition] = batch.next_offset
             lease.max_offset = max(lease.max_offset, batch.next_offset)
             self._batches.done(batch)
-            if self._assignment.leases.get(batch.partition) is lease:
-                commits.append(self._assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
+            if self.assignment.leases.get(batch.partition) is lease:
+                commits.append(self.assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
             self.progress.written(batch, seconds)
             if batch.leader_epoch is not None:
                 lease.leader_epoch = batch.leader_epoch
-        self._assignment.commit(commits)
+        self.assignment.commit(commits)
         self._settled.set()
-        if self.limit < self._most:
-            self.limit = min(self._most, self.limit + self.limit // 4 + 1)
+        self.limit = min(self.budget.batch.max_messages, self.limit + self.limit // 4 + 1)
         self._wake.set()  # more of these partitions may be due, and another writer free
+
+    def is_out(self, partition: TopicPartition) -> bool:
+        """Whether a batch of a partition is being written."""
+        return self._batches.is_out(partition)
 
     def wake(self) -> None:
         """Wake whoever waits for writes to end."""
@@ -297,7 +279,7 @@ class Member:
 
     def committed(self, work: Work) -> bool:
         """Whether Kafka has acknowledged what must be before these may be written."""
-        return all(self._assignment.committed(batch.partition) for batch, _ in work)
+        return all(self.assignment.committed(batch.partition) for batch, _ in work)
 
     async def wait_for_commits(self, work: Work) -> None:
         """Wait until `committed`, or until some of these are not held any more."""
@@ -316,77 +298,6 @@ class Member:
         extra = {"handler": self.handler.name, "partition": str(batch.partition), "refused": len(refused)}
         log.debug("Postgres refused rows of a batch", extra=extra)
 
-    async def read_back(self, batch: Batch, lease: Lease) -> None:
-        """Learn from the checkpoint why a write of this batch was fenced.
-
-        Our own commit may have landed though its acknowledgement was lost; Postgres may have gone back; or another
-        member has claimed the partition. Reading again is never claiming again.
-        """
-        partition = batch.partition
-        conn = await self.connect()
-        try:
-            epoch, offset = (await self.checkpoints.read(conn, [partition])).get(partition, (None, None))
-        finally:
-            await conn.close()
-        if not self.holds(batch, lease) or (epoch, offset) == (lease.epoch, lease.next_offset):
-            return  # given up meanwhile; or it was another batch of the same write that was fenced
-        if (epoch, offset) == (lease.epoch, batch.next_offset):
-            self.written([(batch, lease)], 0.0)
-            return
-        metrics.fenced_writes.labels(self.handler.name).inc()
-        await self._return_to(partition, lease, epoch, offset)
-
-    async def _return_to(self, partition: TopicPartition, lease: Lease, epoch: int | None, offset: int | None) -> None:
-        """Go on where the checkpoint is, which is not where this member took it to be."""
-        self._release([partition])
-        extra = {"handler": self.handler.name, "partition": str(partition)}
-        if epoch == lease.epoch and offset is not None:
-            if offset < lease.next_offset:
-                sentence = (
-                    "Postgres went back: the checkpoint is at %s, and had been at %s; what is between is repeated"
-                )
-            else:
-                sentence = "a write had landed though its answer was lost: the checkpoint is at %s, and had been at %s"
-            log.warning(sentence, offset, lease.next_offset, extra=extra)
-            again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
-            try:
-                await self._assignment.deliver({partition: again})
-            except Outage:
-                self._release([partition])
-                self._assignment.claim_later(partition)
-        elif epoch is None or epoch < lease.epoch:
-            log.warning("Postgres went back to before this member's claim: claiming again", extra=extra)
-            self._assignment.claim_later(partition, 0.0)
-        else:
-            log.warning("fenced: another member claimed the partition", extra=extra)
-            self._assignment.claim_later(partition)
-
-    async def _compare_forever(self) -> None:
-        """Compare the checkpoints with where this member is, now and then: Postgres may go back while it is idle."""
-        while self.checkpoints.mode == "postgres":
-            with suppress(TimeoutError):
-                async with asyncio.timeout(COMPARE_INTERVAL):
-                    await self._lost_connection.wait()
-            self._lost_connection.clear()
-            await self.retry(COMPARE, self._compare)
-            self.recovered(COMPARE)
-
-    async def _compare(self) -> None:
-        leases = self._assignment.leases
-        before = [(partition, lease, lease.next_offset) for partition, lease in leases.items()]
-        if not before:
-            return
-        conn = await self.connect()
-        try:
-            stored = await self.checkpoints.read(conn, [partition for partition, _, _ in before])
-        finally:
-            await conn.close()
-        for partition, lease, offset in before:
-            still = leases.get(partition) is lease and lease.next_offset == offset
-            epoch, there = stored.get(partition, (None, None))
-            if still and (epoch, there) != (lease.epoch, offset) and not self._batches.is_out(partition):
-                await self._return_to(partition, lease, epoch, there)
-
     async def connect(self, *, claims: bool = False) -> AsyncConnection[Any]:
         """Open a connection of this handler, and watch over it."""
         conn = await self._connect()
@@ -396,40 +307,6 @@ class Member:
     async def _connect(self) -> AsyncConnection[Any]:
         return await postgres.connect(self.config.postgres, f"consumerd/{self.handler.name}")
 
-    async def load_table(self, used: Mapping, changed: TableChanged) -> None:
-        """Read the table again, unless that was done since; raises Halt when what was written to is gone."""
-        async with self._loading:
-            if self.mapping is not used:
-                return
-            conn = await self.connect()
-            try:
-                await self._load_table(conn)
-            finally:
-                await conn.close()
-        old = used.encoder
-        if self.mapping.table == old.table:
-            raise Halt("database", str(changed))
-        gone = [column.name for column in old.columns if self.mapping.table.column(column.name) is None]
-        if gone:
-            raise Halt(
-                "table",
-                f"column {', '.join(gone)} of table {old.table.name} is gone: rename it back, or map the new name "
-                f"under [columns], then restart; a restart alone goes on with the columns that are there",
-            )
-        log.info("the table has changed: read again from the catalog", extra={"handler": self.handler.name})
-
-    async def _load_table(self, conn: AsyncConnection[Any]) -> None:
-        config = self.handler.table
-        async with postgres.errors_of(conn):
-            table = await catalog.load(conn, config.name, PRIVILEGES[config.write])
-        try:
-            encoder = Encoder(table, self.handler)
-        except ConfigError as error:
-            raise Halt("table", str(error)) from error
-        columns = encoder.columns
-        sink = Append(table, columns) if config.write == "append" else Upsert(table, columns, config.key)
-        self.mapping = Mapping(encoder, sink)
-
     # Outages.
 
     def _on_outage(self, who: str, state: tenacity.RetryCallState) -> None:
@@ -437,8 +314,8 @@ class Member:
         error = cast("Outage", state.outcome.exception() if state.outcome else None)
         metrics.retries.labels(self.handler.name, error.source).inc()
         self._on_error(who, error)
-        if error.source == "postgres" and who != COMPARE:
-            self._lost_connection.set()
+        if error.source == "postgres" and who != RECONCILE:
+            self.reconciler.soon()
 
     def _on_error(self, who: str, error: ConsumerdError) -> None:
         """Show an outage; one that only looks on does not end for any other error."""
@@ -453,11 +330,11 @@ class Member:
 
     def fill(self, in_transit: int) -> float:
         """Return the share of the buffer that is used: of its memory, or of what keeps every connection busy."""
-        return max((self._batches.memory + in_transit) / self._full, self._batches.messages / self._enough)
+        return max((self._batches.memory + in_transit) / self.budget.full, self._batches.messages / self.budget.enough)
 
     def started(self, partition: TopicPartition, offset: int) -> None:
         """Open a leased partition: only what comes after this was fetched from where the lease goes on."""
-        lease = self._assignment.leases.get(partition)
+        lease = self.assignment.leases.get(partition)
         if lease is not None and lease.next_offset == offset:
             self._positions[partition] = offset
             self._batches.open(partition)
@@ -489,17 +366,17 @@ class Member:
 
     def assigned(self, partitions: list[TopicPartition]) -> None:
         """Note an assignment; the claim follows."""
-        self._assignment.assign(partitions)
+        self.assignment.assign(partitions)
         self.recovered(GROUP)
-        self.progress.rebalanced(len(self._assignment.assigned), assigned=partitions)
+        self.progress.rebalanced(len(self.assignment.assigned), assigned=partitions)
 
     async def revoked(self, partitions: list[TopicPartition], deadline: float) -> None:
         """Write what is gathered of partitions that go, as far as time allows; roll back what is in flight then."""
-        self._assignment.unassign(partitions)
+        self.assignment.unassign(partitions)
         now = time.monotonic()
         try:
             async with asyncio.timeout_at(now + (deadline - now) * CLAIM_SHARE):
-                await self._assignment.claims_landed()
+                await self.assignment.claims_landed()
         except TimeoutError:
             if self._claiming is not None:
                 postgres.cut(self._claiming)
@@ -509,14 +386,14 @@ class Member:
                 await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)
             self._batches.close(partitions)
             await self._settle(partitions, deadline)
-        self._release(partitions)
-        self.progress.rebalanced(len(self._assignment.assigned), revoked=partitions)
+        self.release(partitions)
+        self.progress.rebalanced(len(self.assignment.assigned), revoked=partitions)
 
     def lost(self, partitions: list[TopicPartition]) -> None:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
-        self._assignment.unassign(partitions)
-        self._release(partitions)
-        self.progress.rebalanced(len(self._assignment.assigned), lost=partitions)
+        self.assignment.unassign(partitions)
+        self.release(partitions)
+        self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
         if self.progress.state != "halted":
             sentence = f"group {self.handler.group_id} has let this member go: its heartbeats did not arrive in time"
             self.progress.outage("kafka", sentence, GROUP)
@@ -532,7 +409,7 @@ class Member:
         """
         now = time.monotonic()
         for partition, position in positions.items():
-            lease = self._assignment.leases.get(partition)
+            lease = self.assignment.leases.get(partition)
             if (
                 lease is not None
                 and position > lease.next_offset == self._positions.get(partition)
@@ -544,7 +421,7 @@ class Member:
 
     def _is_another_log(self, partition: TopicPartition, message: Message) -> bool:
         """Halt when a message comes from an older leader than one that was written: that log is another one."""
-        lease, epoch = self._assignment.leases.get(partition), message.leader_epoch()
+        lease, epoch = self.assignment.leases.get(partition), message.leader_epoch()
         if lease is not None and lease.leader_epoch is not None and epoch is not None and epoch < lease.leader_epoch:
             sentence = (
                 f"the log of {partition} is another one: offset {message.offset()} has leader epoch {epoch}, and "
@@ -574,7 +451,7 @@ class Member:
                     await self.confirm_topics(time.monotonic())
             except Halt as another:
                 self.failed(another)
-            if partition in self._assignment.leases:
+            if partition in self.assignment.leases:
                 self.failed(halt)
 
         task = asyncio.create_task(halt_behind_it(), name=f"{self.handler.name}: gap")
@@ -592,21 +469,21 @@ class Member:
         """Claim assigned partitions and have them delivered."""
         conn = self._claiming = await self.connect(claims=True)
         try:
-            leases = await self._assignment.claim(partitions, conn)
+            leases = await self.assignment.claim(partitions, conn)
         finally:
             self._claiming = None
             await conn.close()
         if leases:
-            self._release(leases)
-            await self._assignment.deliver(leases)
+            self.release(leases)
+            await self.assignment.deliver(leases)
         self.recovered(MEMBER)
         self.progress.joined()
 
-    def _release(self, partitions: Iterable[TopicPartition]) -> None:
+    def release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""
         self._batches.close(partitions)
         for partition in partitions:
-            self._assignment.release(partition)
+            self.assignment.release(partition)
             self._positions.pop(partition, None)
             if self.progress.halted is None:  # a halted handler's lag stays to be seen
                 self.progress.released(partition)
@@ -664,18 +541,8 @@ class Member:
 
     def unwritten(self) -> dict[TopicPartition, Message | None]:
         """Return the oldest message of each leased partition that was received and is not written yet."""
-        leases = self._assignment.leases if self._thread is not None else ()
+        leases = self.assignment.leases if self._thread is not None else ()
         return {partition: self._batches.oldest(partition) for partition in leases}
-
-
-def _bounds(handler: HandlerConfig, memory: int) -> Bounds:
-    """Return the bounds of a batch: less than those configured where the rows of all connections would not fit."""
-    batch, half = handler.batch, memory // handler.max_connections // 2
-    return Bounds(
-        max_messages=max(1, min(batch.max_messages, half // ROW_OVERHEAD)),
-        max_bytes=max(1, min(batch.max_bytes, half // ROW_COPIES)),
-        max_age=batch.max_age,
-    )
 
 
 def _first_halt(error: Exception) -> Halt:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.accumulator import Batch
-    from consumerd.encode import Mapping
+    from consumerd.live_table import Mapping
     from consumerd.member import Member
     from consumerd.postgres import TransactionId
 
@@ -81,7 +81,7 @@ class Writer:
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
-            mapping = self._member.mapping
+            mapping = self._member.table.mapping
             try:
                 if self._doubt is not None:
                     await self._settle_doubt(*self._doubt)
@@ -90,10 +90,10 @@ class Writer:
                 else:
                     await self._member.wait_for_commits(work)
             except TableChanged as changed:
-                await self._member.load_table(mapping, changed)
+                await self._member.table.follow(mapping, changed)
             except Fenced:
                 for batch, lease in work:
-                    await self._member.read_back(batch, lease)
+                    await self._member.reconciler.fenced(batch, lease)
             except Outage as outage:
                 await self._meet(outage, work)
                 if any(self._member.holds(batch, lease) for batch, lease in work):
@@ -166,7 +166,7 @@ class Writer:
 
     async def _settle_doubt(self, transaction: TransactionId, work: Work) -> None:
         """Ask what became of a COMMIT that was not answered; raises Outage while the server does not know."""
-        conn = await self._connection(self._member.mapping)
+        conn = await self._connection(self._member.table.mapping)
         if await postgres.was_committed(conn, transaction):
             self._member.written(work, 0.0)
         self._doubt = None

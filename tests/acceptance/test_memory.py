@@ -16,7 +16,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
 from consumerd.brokers import fetch_bytes
-from consumerd.member import LIBRDKAFKA_SHARE
+from consumerd.budget import LIBRDKAFKA_SHARE
 from tests.acceptance.test_stop import execute, handler, ids
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon

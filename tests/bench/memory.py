@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from consumerd.brokers import fetch_bytes
-from consumerd.member import LIBRDKAFKA_SHARE
+from consumerd.budget import LIBRDKAFKA_SHARE
 from tests.servers.daemon import Daemon, write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer

@@ -71,8 +71,8 @@ MUTANTS = (
                 file="member.py",
                 old="                self.progress.taken(batches)\n",
                 new="                self.progress.taken(batches)\n"
-                "                self._assignment.commit(\n"
-                "                    [self._assignment.commit_of(b.partition, b.next_offset, None) for b in batches]\n"
+                "                self.assignment.commit(\n"
+                "                    [self.assignment.commit_of(b.partition, b.next_offset, None) for b in batches]\n"
                 "                )\n",
             ),
             Change(
@@ -124,7 +124,7 @@ MUTANTS = (
                 old='            await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)\n'
                 "            self._batches.close(partitions)\n"
                 "            await self._settle(partitions, deadline)\n"
-                "        self._release(partitions)\n",
+                "        self.release(partitions)\n",
                 new="            await asyncio.sleep(0)\n",
             ),
         ),
@@ -175,8 +175,8 @@ MUTANTS = (
         changes=(
             Change(
                 file="member.py",
-                old="        return max((self._batches.memory + in_transit) / self._full, "
-                "self._batches.messages / self._enough)\n",
+                old="        return max((self._batches.memory + in_transit) / self.budget.full, "
+                "self._batches.messages / self.budget.enough)\n",
                 new="        return 0.0 * in_transit\n",
             ),
         ),

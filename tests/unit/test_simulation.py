@@ -21,6 +21,7 @@ from consumerd import checkpoint
 from consumerd.accumulator import Accumulator
 from consumerd.assignment import Assignment
 from consumerd.member import Member
+from consumerd.reconcile import Reconciler
 from consumerd.writer import Writer
 from tests.unit.simulation.core import run, simulated
 
@@ -85,22 +86,22 @@ MUTANTS: dict[str, tuple[type, str, str, str, str, str]] = {
     "a revoke neither waits nor cuts": (
         Member, "revoked", "await self._settle(partitions, deadline)", "pass", "rebalance", "postgres"),
     "claims are not awaited by a revoke": (
-        Member, "revoked", "await self._assignment.claims_landed()", "pass", "rebalance", "postgres"),
+        Member, "revoked", "await self.assignment.claims_landed()", "pass", "rebalance", "postgres"),
     "messages of an earlier seek are taken": (
-        Member, "_release", "self._positions.pop(partition, None)", "pass", "back", "postgres"),
+        Member, "release", "self._positions.pop(partition, None)", "pass", "back", "postgres"),
     "rejects are dropped": (
         Writer, "_dead_letter", "await self._member.letters.send(batch)", "pass", "rebalance", "postgres"),
     "a fenced write counts as written": (
-        Writer, "_until_settled", "await self._member.read_back(batch, lease)",
+        Writer, "_until_settled", "await self._member.reconciler.fenced(batch, lease)",
         "self._member.written([(batch, lease)], 0.0)", "zombies", "postgres"),
     "a write goes on where it was, not where the checkpoint is": (
-        Member, "_return_to", "next_offset=offset,", "next_offset=lease.next_offset,", "back", "postgres"),
+        Reconciler, "_return_to", "next_offset=offset,", "next_offset=lease.next_offset,", "back", "postgres"),
     "chunks are gathered in the wrong order": (
         Accumulator, "add", "queue.chunks.append", "queue.chunks.appendleft", "rebalance", "postgres"),
     "an adopted offset is not stamped": (
         Assignment, "_place", "await self._acknowledge(partition, offset)", "pass", "zombies", "postgres"),
     "a database that goes back is not noticed": (
-        Member, "_compare", "if not before", "if before", "back", "postgres"),
+        Reconciler, "_compare", "if not before", "if before", "back", "postgres"),
     "the next batch does not wait for the commit": (
         Assignment, "committed", "promise is None or promise.done()", "True", "zombies", "kafka"),
     "an unknown commit is written again": (

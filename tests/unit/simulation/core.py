@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import tenacity.wait
 
-from consumerd import kafka, member, metrics, postgres, progress, watch, writer
+from consumerd import kafka, live_table, member, metrics, postgres, progress, reconcile, watch, writer
 from consumerd.catalog import Column, Table
 from consumerd.checkpoint import Checkpoints
 from consumerd.encode import Encoder
@@ -95,15 +95,15 @@ def simulated() -> Iterator[None]:
     """Replace what the core reaches its servers by."""
     replaced = [
         *((module, "time", CLOCK) for module in (member, writer, postgres, progress, watch, kafka)),
-        *((module, "metrics", METRICS) for module in (member, progress)),
+        *((module, "metrics", METRICS) for module in (member, progress, reconcile)),
         (tenacity.wait, "random", world.CHANCE),
         (member, "ConsumerThread", broker.Thread),
         (member, "Checkpoints", TextCheckpoints),
         (member, "DeadLetters", world.Letters),
         (member, "Topics", world.Topics),
-        (member, "catalog", SimpleNamespace(load=_load)),
-        (member, "Encoder", lambda *_: ENCODER),
-        (member, "Append", lambda *_: Sink()),
+        (live_table, "catalog", SimpleNamespace(load=_load)),
+        (live_table, "Encoder", lambda *_: ENCODER),
+        (live_table, "Append", lambda *_: Sink()),
         (member, "ensure_schema", _nothing),
         (TextCheckpoints, "store", _store),
         (asyncio, "run_coroutine_threadsafe", lambda answer, _: answer),

@@ -1,0 +1,61 @@
+"""What a handler's memory is divided into: the user sets one number, and everything else follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from consumerd.accumulator import Bounds
+from consumerd.kafka import CONSUME_BYTES
+
+if TYPE_CHECKING:
+    from consumerd.config import HandlerConfig
+
+LIBRDKAFKA_SHARE = 0.125
+"""Share of a handler's memory for librdkafka's queue, which need not be large: it is read from at memory's speed."""
+ENCODED_SHARE = 0.25
+"""Share of a handler's memory for the rows of the batches in flight."""
+BUFFER_SHARE = 0.5
+"""Share of a handler's memory for the messages themselves. The rest is what the allocator holds between them: a tenth
+was seen with messages of 100 kB."""
+ROW_COPIES = 2
+"""Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY."""
+ROW_OVERHEAD = 600
+"""Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
+BATCHES_PER_CONNECTION = 2
+"""Full batches to hold for each connection: the one being written, and the next. More is memory for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The parts of one handler's memory, in bytes."""
+
+    queue: int
+    """For librdkafka's queue."""
+    buffered: int
+    """For messages received and not yet written."""
+    full: int
+    """Of these, where consuming stops: what is under way then has room still."""
+    batch: Bounds
+    """Of a batch: less than those configured where the rows of all connections would not fit."""
+    enough: int
+    """Messages that keep every connection busy."""
+
+
+def divide(memory: int, handler: HandlerConfig) -> Budget:
+    """Return the parts of a handler's memory."""
+    buffered = int(memory * BUFFER_SHARE)
+    batch, connections = handler.batch, handler.max_connections
+    rows = int(memory * ENCODED_SHARE) // connections // 2
+    bounds = Bounds(
+        max_messages=max(1, min(batch.max_messages, rows // ROW_OVERHEAD)),
+        max_bytes=max(1, min(batch.max_bytes, rows // ROW_COPIES)),
+        max_age=batch.max_age,
+    )
+    return Budget(
+        queue=int(memory * LIBRDKAFKA_SHARE),
+        buffered=buffered,
+        full=buffered - min(CONSUME_BYTES, buffered // 8),
+        batch=bounds,
+        enough=BATCHES_PER_CONNECTION * connections * bounds.max_messages,
+    )
