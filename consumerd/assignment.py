@@ -248,8 +248,7 @@ class Assignment:
     async def _claim(
         self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition]
     ) -> dict[TopicPartition, Stored]:
-        matched = {name for name, topic in self._topics.items() if topic.matched}
-        return await self._checkpoints.claim(conn, partitions, self._counts(partitions), matched)
+        return await self._checkpoints.claim(conn, partitions, self._counts(partitions), self._topics)
 
     def _seen_beyond(self, partition: TopicPartition) -> int:
         self._beyond[partition] += 1

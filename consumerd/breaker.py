@@ -56,7 +56,7 @@ class Breaker:
                 "breaker",
                 f"{self._refused} of the last {self._messages} messages were poison, over the limit of "
                 f"{self._config.max_ratio:.1%} ({self._of(batch)}); mend the handler or the producer, or raise "
-                f"`poison.max_ratio`, then restart",
+                f"`max_ratio` under [poison] in the handler's file, then restart",
             )
 
     def _count(self, now: float, messages: int, refused: int) -> None:

@@ -9,7 +9,7 @@ set by an operator, and wins (`decide`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, LiteralString, cast
+from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple, cast
 
 from psycopg import sql
 
@@ -20,9 +20,11 @@ from consumerd.postgres import call
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from psycopg import AsyncConnection
+
+    from consumerd.topics import Topic
 
 SCHEMA = """\
 CREATE SCHEMA IF NOT EXISTS {schema};
@@ -81,8 +83,10 @@ FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition
 RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch"""
 
 _OTHER_GROUP = """\
-SELECT c.group_id FROM {schema}.checkpoint c
-WHERE c.topic = ANY (%(topics)s::text[]) AND c.target = %(target)s AND c.group_id <> %(group)s AND c.next_offset >= 0
+SELECT c.group_id
+FROM {schema}.checkpoint c JOIN unnest(%(topics)s::text[], %(ids)s::text[]) AS t (topic, id) USING (topic)
+WHERE c.target = %(target)s AND c.group_id <> %(group)s AND c.next_offset >= 0
+  AND coalesce(c.topic_id = t.id, true)
   AND NOT EXISTS (SELECT FROM {schema}.checkpoint m WHERE m.group_id = %(group)s)
 LIMIT 1"""
 
@@ -109,7 +113,7 @@ WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s A
 RETURNING 1"""
 
 _READ = """\
-SELECT topic, partition, epoch, next_offset FROM {schema}.checkpoint
+SELECT topic, partition, epoch, next_offset, max_offset FROM {schema}.checkpoint
 WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
@@ -122,6 +126,14 @@ class Lease:
     next_offset: int
     max_offset: int
     leader_epoch: int | None = None
+
+
+class Stand(NamedTuple):
+    """What the checkpoint of a partition is, read and not claimed."""
+
+    epoch: int
+    next_offset: int | None
+    max_offset: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,14 +198,15 @@ class Checkpoints:
         conn: AsyncConnection[Any],
         partitions: Sequence[TopicPartition],
         counts: Mapping[str, int],
-        matched: Container[str],
+        topics: Mapping[str, Topic],
     ) -> dict[TopicPartition, Stored]:
         """Raise the epoch of partitions, and return their checkpoints.
 
-        `counts` are the partitions of all topics in Kafka; `matched` those that a pattern found: for them "the first
-        time" is the group's, so that a topic which comes to match later is read from its start.
+        `counts` are the partitions of all topics in Kafka now, `topics` what was found of them at the start. For one
+        that a pattern matched "the first time" is the group's: what comes to match later is read from its start.
         """
-        others = await call(conn, self._sql(_OTHER_GROUP), self._keys(partitions))
+        ids = [topics[partition.topic].topic_id for partition in partitions]
+        others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
         if others:
             ((other,),) = others
             forget = f"DELETE FROM {self._schema.as_string()}.checkpoint WHERE group_id = '{other}'"  # noqa: S608
@@ -201,12 +214,12 @@ class Checkpoints:
                 "checkpoint",
                 f"group {other} writes {partitions[0].topic} to {self.target} already, and group {self.group} has no "
                 f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or, if that '
-                f"group is over (its topic was made again, for one), forget it: {forget}",
+                f"group is over, forget it: {forget}",
             )
         values = {
             "topics": list(counts),
             "counts": list(counts.values()),
-            "matched": [topic in matched for topic in counts],
+            "matched": [topics[topic].matched for topic in counts],
             "group": self.group,
             "target": self.target,
         }
@@ -241,10 +254,10 @@ class Checkpoints:
 
     async def read(
         self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition]
-    ) -> dict[TopicPartition, tuple[int, int | None]]:
-        """Return epoch and offset of partitions, without claiming them."""
+    ) -> dict[TopicPartition, Stand]:
+        """Return where partitions stand, without claiming them."""
         rows = await call(conn, self._sql(_READ), self._keys(partitions))
-        return {TopicPartition(topic, number): (epoch, offset) for topic, number, epoch, offset in rows}
+        return {TopicPartition(topic, number): Stand(*stand) for topic, number, *stand in rows}
 
     async def advance(self, conn: AsyncConnection[Any], moves: Sequence[Move]) -> set[TopicPartition]:
         """Move checkpoints inside the open transaction, locked in key order; return those that stood where expected.
@@ -299,7 +312,7 @@ class KafkaCheckpoints:
         conn: AsyncConnection[Any],  # noqa: ARG002
         partitions: Sequence[TopicPartition],
         counts: Mapping[str, int],  # noqa: ARG002
-        matched: Container[str],  # noqa: ARG002
+        topics: Mapping[str, Topic],  # noqa: ARG002
     ) -> dict[TopicPartition, Stored]:
         """Return partitions as never seen before: the offset in Kafka decides."""
         nowhere = Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=self.target)
@@ -320,7 +333,7 @@ class KafkaCheckpoints:
         self,
         conn: AsyncConnection[Any],  # noqa: ARG002
         partitions: Sequence[TopicPartition],  # noqa: ARG002
-    ) -> dict[TopicPartition, tuple[int, int | None]]:
+    ) -> dict[TopicPartition, Stand]:
         """Return nothing: there is nothing to compare with."""
         return {}
 

@@ -109,12 +109,7 @@ def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that i
             f"group {group} commits {partition} for another database (store {stamp.store}, group {stamp.group}; this "
             f"one is store {store}): point `postgres.dsn` back at it, or set `group_id` to a new name",
         )
-    if stored.topic_id and topic_id and stored.topic_id != topic_id:
-        raise Halt(
-            "topic",
-            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the checkpoint "
-            f"{stored.next_offset} of {partition}; set `group_id` to a new name to read the new topic",
-        )
+    _same_topic(partition, stored.topic_id, topic_id, stored.next_offset)
     if stored.next_offset is None or stored.next_offset < 0:
         late = stored.next_offset == LOG_START
         if offset is None:
@@ -158,10 +153,15 @@ def decide_by_kafka(
             f"--group {group} --reset-offsets --to-current --topic {partition.topic} --execute, and restart; or write "
             f'checkpoint = "postgres"',
         )
-    if stamp.topic_id and topic_id and stamp.topic_id != topic_id:
+    _same_topic(partition, stamp.topic_id, topic_id, offset)
+    return Decision(kind="resume", offset=offset)
+
+
+def _same_topic(partition: TopicPartition, ours: str | None, theirs: str | None, offset: int | None) -> None:
+    """Halt when a checkpoint is of another topic of the same name."""
+    if ours and theirs and ours != theirs:
         raise Halt(
             "topic",
-            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the offset "
-            f"{offset} that group {group} committed; set `group_id` to a new name to read the new topic",
+            f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the checkpoint "
+            f"{offset} of {partition}; set `group_id` to a new name to read the new topic",
         )
-    return Decision(kind="resume", offset=offset)

@@ -65,9 +65,8 @@ REVOKE_TIMEOUT = 5.0
 WATERMARK_INTERVAL = 1.0
 LOOK_TIMEOUT = 1.0
 """Seconds that the thread gives a broker to answer what is only looked at."""
-UNKNOWN_FOR = 10.0
-"""Seconds after which a topic that a broker did not know is asked for again, and missed."""
 UNKNOWN = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
+"""A broker that starts says so of topics that are there; `Topics.watch` sees those that are gone."""
 DAMAGED = {KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError._NOT_IMPLEMENTED}  # noqa: SLF001
 """What follows one of these in a partition is not to be trusted."""
 FINISH_TIMEOUT = 5.0
@@ -151,7 +150,6 @@ class ConsumerThread(threading.Thread):
         self._spare = False
         self._next_watermarks = 0.0
         self._looked = 0
-        self._unknown: dict[str, float] = {}
         # Only the loop touches this; the thread reads it.
         self._heard = 0
 
@@ -413,12 +411,10 @@ class ConsumerThread(threading.Thread):
                 self._tell(self._listener.reached_gap, partition, halt)
         elif code in DAMAGED:
             self._stop_at_damage(consumer, message)
-        elif code in UNKNOWN:
-            self._unknown.setdefault(str(message.topic()), time.monotonic())
         elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
             sentence = f"{where}: {error}: grant this principal READ on the topic and on the group"
             self._tell(self._listener.failed, Halt("kafka", sentence))
-        else:
+        elif code not in UNKNOWN:
             log.warning("the consumer reports an error", extra={"error": str(error)})
 
     def _stop_at_damage(self, consumer: ck.Consumer, message: ck.Message) -> None:
@@ -447,7 +443,6 @@ class ConsumerThread(threading.Thread):
                 return
             self._unreachable = False
             self._tell(self._listener.reachable, None)
-        self._confirm_unknown(consumer, now)
         high = {}
         if self._paused and self._live:  # what is paused is not fetched, and its cached watermark stands still
             self._looked += 1
@@ -461,23 +456,6 @@ class ConsumerThread(threading.Thread):
         self._tell(self._listener.watermarks, high)
         at = consumer.position(brokers.positions(self._live)) if self._live else []
         self._tell(self._listener.positions, {TopicPartition(p.topic, p.partition): p.offset for p in at})
-
-    def _confirm_unknown(self, consumer: ck.Consumer, now: float) -> None:
-        """Halt for a topic that is gone for a while; a broker that starts may not know its topics yet."""
-        for topic, since in list(self._unknown.items()):
-            if now - since < UNKNOWN_FOR:
-                continue
-            try:
-                error = consumer.list_topics(topic, timeout=LOOK_TIMEOUT).topics[topic].error
-            except KafkaException:
-                continue
-            if error is None:
-                del self._unknown[topic]
-            else:
-                sentence = (
-                    f"topic {topic} is gone from the broker: make it again, or take it out of `topics`; then restart"
-                )
-                self._tell(self._listener.failed, Halt("topic", sentence))
 
     def _tell(self, function: Callable[..., None], *values: object) -> None:
         try:

@@ -63,6 +63,8 @@ FLUSH_SHARE = 0.5
 """Share of a revoke's deadline in which gathered messages are still begun to be written."""
 TAIL_INTERVAL = 30.0
 """Seconds between two moves of a checkpoint over offsets that hold no message."""
+GROW_AFTER = 60.0
+"""Seconds after Postgres cancelled a write until writes grow again: each try may cost the whole statement_timeout."""
 CANCELLED_ALONE = 30
 """Times that Postgres may cancel the write of one message alone, before that is a halt."""
 TIMER_SLACK = 0.001
@@ -87,7 +89,8 @@ class Member:
         self.budget = divide(memory, handler)
         self._batches = Accumulator(self.budget.batch)
         self.limit = self.budget.batch.max_messages
-        """Messages of one write: fewer after Postgres cancelled one, more again with each that it did not."""
+        """Messages of one write: fewer after Postgres cancelled one, more again later with each that it did not."""
+        self._grow_from = 0.0
         self._topics: Topics
         self._found: dict[str, Topic] = {}
         self.assignment: Assignment
@@ -196,6 +199,7 @@ class Member:
 
     async def _halt(self, halt: Halt) -> None:
         """Leave the group, free the buffers, and say why; the daemon and its other handlers go on."""
+        self.progress.lag(self.unwritten())  # its age is known as long as the messages are there
         self.progress.halt(halt)
         if self._thread is not None:
             self.release(list(self.assignment.leases))
@@ -245,7 +249,8 @@ class Member:
                 lease.leader_epoch = batch.leader_epoch
         self.assignment.commit(commits)
         self._settled.set()
-        self.limit = min(self.budget.batch.max_messages, self.limit + self.limit // 4 + 1)
+        if time.monotonic() >= self._grow_from:
+            self.limit = min(self.budget.batch.max_messages, self.limit + self.limit // 4 + 1)
         self._wake.set()  # more of these partitions may be due, and another writer free
 
     def is_out(self, partition: TopicPartition) -> bool:
@@ -262,6 +267,7 @@ class Member:
         if not messages:
             return
         self.limit = max(1, min(self.limit, messages // 2))
+        self._grow_from = time.monotonic() + GROW_AFTER
         if messages == 1:
             ((batch, _),) = (entry for entry in work if entry[0].messages)
             batch.cancelled += 1
@@ -400,7 +406,7 @@ class Member:
 
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
         """Note the high watermarks."""
-        self.progress.high.update(high)
+        self.progress.watermarks(high)
 
     def positions(self, positions: dict[TopicPartition, int]) -> None:
         """Have the checkpoint follow where a log ends with offsets that hold no message (transactions, compaction).

@@ -213,7 +213,9 @@ def translate(  # noqa: PLR0911 - one for each meaning
         case Next.HALT:
             return Halt("database", f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
         case Next.SMALLER:
-            return Cancelled("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
+            return Cancelled(
+                "postgres", f"Postgres cancelled a write: {_one_line(error)} (SQLSTATE {state}); fewer rows next"
+            )
         case _:
             return Outage("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
 

@@ -33,10 +33,16 @@ LETTERS_INTERVAL = 10.0
 
 @dataclass(slots=True)
 class PartitionProgress:
-    """One leased partition: its checkpoint, and the Kafka timestamp of what was written last, in ms."""
+    """One leased partition. Timestamps are Kafka's, in ms; 0: not known."""
 
     checkpoint: int
-    last_timestamp: int = 0
+    oldest: int = 0
+    """Of the oldest message that was received and is not written yet."""
+    last: int = 0
+    """Of what was written last."""
+    behind_since: float | None = None
+    """Since when (Unix time) there has been more, if there was a moment before when there was not."""
+    caught_up: bool = False
 
 
 @dataclass(slots=True)
@@ -88,7 +94,7 @@ class Progress:
     def halt(self, halt: Halt) -> None:
         """Note a halt: the one state that only a restart ends."""
         if "restart" not in str(halt):
-            halt = Halt(halt.reason, f"{halt}; then restart consumerd")
+            halt = Halt(halt.reason, f"{str(halt).rstrip(';')}; then restart consumerd")
         self.halted, self.last_error, self.state, self.ready = halt, str(halt), "halted", False
         self._outages.clear()
         metrics.halts.labels(self.handler, halt.reason).inc()
@@ -194,7 +200,8 @@ class Progress:
             self.high[partition] = max(self.high.get(partition, 0), batch.next_offset)
             progress.checkpoint = batch.next_offset
             if batch.messages:
-                progress.last_timestamp = batch.messages[-1].timestamp()[1]
+                progress.last, progress.oldest = batch.messages[-1].timestamp()[1], 0
+            self._look(partition, progress)
         self._tell_letters(batch)
 
     def _tell_letters(self, batch: Batch) -> None:
@@ -206,6 +213,20 @@ class Progress:
             log.warning("dead-lettered", extra=extra)
             self._letters.clear()
             self._letters_told = now
+
+    def watermarks(self, high: Mapping[TopicPartition, int]) -> None:
+        """Note high watermarks."""
+        self.high.update(high)
+        for partition in high:
+            if progress := self.partitions.get(partition):
+                self._look(partition, progress)
+
+    def _look(self, partition: TopicPartition, progress: PartitionProgress) -> None:
+        """Note when a partition falls behind, and when it has caught up."""
+        if self.high.get(partition, 0) <= progress.checkpoint:
+            progress.caught_up, progress.behind_since = True, None
+        elif progress.caught_up and progress.behind_since is None:
+            progress.behind_since = time.time()
 
     # What others see.
 
@@ -219,16 +240,19 @@ class Progress:
     def lag(self, oldest: Mapping[TopicPartition, Message | None]) -> dict[TopicPartition, tuple[int, float]]:
         """Return messages and seconds that each partition is behind; sets the gauges.
 
-        Seconds are the age of the oldest message not yet written, as far as it was received; else of the last that was
-        written, as long as there are more.
+        Seconds are the age of the oldest message not yet written, as far as it was received (and a halted handler's
+        grows on). Of one that was not, all that is known is that it came after the last that was written, and not
+        before this partition fell behind.
         """
         now = time.time()
         lags = {}
         for partition, progress in self.partitions.items():
             messages = max(0, self.high.get(partition, 0) - progress.checkpoint)
             first = oldest.get(partition)
-            timestamp = first.timestamp()[1] if first else progress.last_timestamp if messages else 0
-            seconds = max(0.0, now - timestamp / 1000) if timestamp > 0 else 0.0
+            if first:
+                progress.oldest = first.timestamp()[1]
+            since = (progress.oldest or max(progress.last, (progress.behind_since or 0) * 1000)) / 1000
+            seconds = max(0.0, now - since) if (messages or first) and since > 0 else 0.0
             lags[partition] = messages, seconds
             labels = (self.handler, partition.topic, str(partition.partition))
             metrics.lag_messages.labels(*labels).set(messages)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from consumerd.accumulator import Batch
+    from consumerd.checkpoint import Stand
     from consumerd.member import Member
     from consumerd.types import TopicPartition
 
@@ -59,40 +60,41 @@ class Reconciler:
         member has claimed the partition.
         """
         member, partition = self._member, batch.partition
-        epoch, offset = (await self._read([partition])).get(partition, (None, None))
-        if not member.holds(batch, lease) or (epoch, offset) == (lease.epoch, lease.next_offset):
+        stand = (await self._read([partition])).get(partition)
+        if not member.holds(batch, lease) or _is_at(stand, lease, lease.next_offset):
             return  # given up meanwhile; or it was another batch of the same write that was fenced
-        if (epoch, offset) == (lease.epoch, batch.next_offset):
+        if _is_at(stand, lease, batch.next_offset):
             member.written([(batch, lease)], 0.0)
             return
         metrics.fenced_writes.labels(member.handler.name).inc()
-        await self._return_to(partition, lease, epoch, offset)
+        await self._return_to(partition, lease, stand)
 
     async def _compare(self) -> None:
         leases = self._member.assignment.leases
         before = [(partition, lease, lease.next_offset) for partition, lease in leases.items()]
         if not before:
             return
-        stored = await self._read([partition for partition, _, _ in before])
+        stands = await self._read([partition for partition, _, _ in before])
         for partition, lease, offset in before:
             still = leases.get(partition) is lease and lease.next_offset == offset
-            epoch, there = stored.get(partition, (None, None))
-            if still and (epoch, there) != (lease.epoch, offset) and not self._member.is_out(partition):
-                await self._return_to(partition, lease, epoch, there)
+            stand = stands.get(partition)
+            if still and not _is_at(stand, lease, offset) and not self._member.is_out(partition):
+                await self._return_to(partition, lease, stand)
 
-    async def _read(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, int | None]]:
+    async def _read(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Stand]:
         conn = await self._member.connect()
         try:
             return await self._member.checkpoints.read(conn, partitions)
         finally:
             await conn.close()
 
-    async def _return_to(self, partition: TopicPartition, lease: Lease, epoch: int | None, offset: int | None) -> None:
+    async def _return_to(self, partition: TopicPartition, lease: Lease, stand: Stand | None) -> None:
         """Go on where the checkpoint is."""
         member, assignment = self._member, self._member.assignment
         member.release([partition])
         extra = {"handler": member.handler.name, "partition": str(partition)}
-        if epoch == lease.epoch and offset is not None:
+        if stand is not None and stand.epoch == lease.epoch and stand.next_offset is not None:
+            offset = stand.next_offset
             if offset < lease.next_offset:
                 sentence = (
                     "Postgres went back: the checkpoint is at %s, and had been at %s; what is between is repeated"
@@ -100,15 +102,20 @@ class Reconciler:
             else:
                 sentence = "a write had landed though its answer was lost: the checkpoint is at %s, and had been at %s"
             log.warning(sentence, offset, lease.next_offset, extra=extra)
-            again = Lease(epoch=epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
+            again = Lease(epoch=stand.epoch, next_offset=offset, max_offset=max(stand.max_offset or 0, offset))
             try:
                 await assignment.deliver({partition: again})
             except Outage:
                 member.release([partition])
                 assignment.claim_later(partition)
-        elif epoch is None or epoch < lease.epoch:
+        elif stand is None or stand.epoch < lease.epoch:
             log.warning("Postgres went back to before this member's claim: claiming again", extra=extra)
             assignment.claim_later(partition, 0.0)
         else:
             log.warning("fenced: another member claimed the partition", extra=extra)
             assignment.claim_later(partition)
+
+
+def _is_at(stand: Stand | None, lease: Lease, offset: int) -> bool:
+    """Whether a checkpoint is under a lease's epoch and at an offset."""
+    return stand is not None and (stand.epoch, stand.next_offset) == (lease.epoch, offset)

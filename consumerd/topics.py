@@ -32,6 +32,8 @@ CALL_TIMEOUT = 5.0
 
 WATCH_INTERVAL = 1.0
 """Seconds between two looks at the topics' ids."""
+MISSED_AFTER = 10.0
+"""Seconds for which a topic must be unknown to be gone: a broker that starts may not know its topics yet."""
 
 FRESH = 0.1
 """Seconds for which a look at the topics' ids holds."""
@@ -60,6 +62,8 @@ class Topics:
         self._kafka = kafka
         self._confirming = asyncio.Lock()
         self._confirmed = -math.inf
+        self._missing: dict[str, float] = {}
+        """Since when topics are not known to the brokers."""
         try:
             self._admin = AdminClient(client_config(kafka))
         except KafkaException as error:
@@ -91,11 +95,19 @@ class Topics:
         }
 
     async def watch(self, topics: Mapping[str, Topic]) -> None:
-        """Look now and then whether topics are still the same ones; raises Halt when one was made again."""
+        """Look now and then whether topics are still the same ones; raises Halt when one is gone, or was made again."""
         while self._kafka.admin:
             await asyncio.sleep(WATCH_INTERVAL)
             with suppress(Outage):  # the consumer meets the same, and tells
                 await self.confirm(topics, time.monotonic())
+            now = time.monotonic()
+            gone = [name for name, since in self._missing.items() if now - since >= MISSED_AFTER]
+            if gone:
+                raise Halt(
+                    "topic",
+                    f"topic {', '.join(gone)} is gone from the broker: make it again, or take it out of `topics`; "
+                    f"then restart",
+                )
 
     async def confirm(self, topics: Mapping[str, Topic], arrived: float) -> None:
         """Make sure, for messages that arrived at a (monotonic) time, that they are of the topics that were found.
@@ -125,6 +137,7 @@ class Topics:
                         f"checkpoint; nothing of the new topic was written; set `group_id` to a new name to read it "
                         f"from its start",
                     )
+            self._missing = {name: self._missing.get(name, began) for name in topics if name not in ids}
             self._confirmed = began
 
     async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> int | None:

@@ -271,7 +271,7 @@ def test_a_topic_full_of_poison_trips_the_breaker(
     handlers["full_of_poison"]["poison"] = {"min_messages": 100, "max_ratio": 0.1}
     send(kafka, name, range(400))
     run = daemon(handlers, wait=False)
-    expect_halt(run, "full_of_poison", "over the limit of 10.0%", "`poison.max_ratio`", "$.n")
+    expect_halt(run, "full_of_poison", "over the limit of 10.0%", "`max_ratio` under [poison]", "$.n")
     send(kafka, good)
     expect_rows(database, "healthy")
     lettered = letters(kafka, "consumerd.full_of_poison.dlq")
@@ -347,7 +347,8 @@ def test_a_topic_made_again_halts_and_a_deleted_group_changes_nothing(
     make_tables(database, "again", "forgotten")
     send(kafka, name)
     send(kafka, good)
-    run = daemon({"again": handler(name, "again"), "forgotten": handler(good, "forgotten")})
+    handlers = {"again": handler(name, "again"), "forgotten": handler(good, "forgotten")}
+    run = daemon(handlers)
     expect_rows(database, "again")
     expect_rows(database, "forgotten")
     if stopped:
@@ -365,6 +366,22 @@ def test_a_topic_made_again_halts_and_a_deleted_group_changes_nothing(
     assert stopped == ("the checkpoint stands" in run.logs())
     expect_not_ready(run, "again")
     expect_rows(database, "again")  # nothing of the new topic
+    run.stop()
+    handlers["again"]["group_id"] = "consumerd.another"  # the old group is over: it is no handler renamed
+    restart(run, handlers)
+    expect_rows(database, "again", [*range(10), *range(20, 60)])
+
+
+def test_a_topic_that_is_gone_halts_though_nothing_came_of_it(
+    admin: AdminClient, database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P6: a topic that was deleted is missed, also by a handler that has nothing to read."""
+    name, good = topic(), topic()
+    make_tables(database, "gone", "healthy")
+    run = daemon({"gone": handler(name, "gone"), "healthy": handler(good, "healthy")})
+    admin.delete_topics([name])[name].result(TIMEOUT)
+    expect_halt(run, "gone", f"topic {name} is gone from the broker", "make it again")
+    expect_not_ready(run, "gone")
 
 
 def test_another_database_or_another_name_halts(

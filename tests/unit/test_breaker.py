@@ -43,7 +43,7 @@ def test_over_the_limit() -> None:
     with pytest.raises(Halt) as caught:
         Breaker(CONFIG).judge(batch(100, 11), 0.0)
     assert caught.value.reason == "breaker"
-    for words in ("11 of the last 100 messages", "10.0%", "mostly: wrong type", "poison.max_ratio"):
+    for words in ("11 of the last 100 messages", "10.0%", "mostly: wrong type", "`max_ratio` under [poison]"):
         assert words in str(caught.value)
 
 

@@ -309,6 +309,28 @@ def test_lag_of_what_was_not_received(it: Progress) -> None:
     assert it.lag({A: None}) == {A: (10, 40.0)}
 
 
+def test_lag_after_idle_times(it: Progress, clock: Clock) -> None:
+    """What came after an hour without messages is as old as the moment when it was seen to be there, not an hour."""
+    it.leased(A, 0)
+    it.written(written(10, ago=3600.0), 0.1)
+    it.watermarks({A: 10})
+    assert it.lag({A: None}) == {A: (0, 0.0)}
+    it.watermarks({A: 12})
+    clock.now += 5
+    it.watermarks({A: 13})
+    assert it.lag({A: None}) == {A: (3, 5.0)}
+
+
+def test_lag_of_a_halted_handler_grows(it: Progress, clock: Clock) -> None:
+    """The oldest message that a halted handler had received stays the oldest that is not written."""
+    it.leased(A, 10)
+    it.watermarks({A: 15})
+    it.lag({A: Fake(10, int((NOW - 30) * 1000))})
+    it.halt(Halt("breaker", "too much"))
+    clock.now += 60
+    assert it.lag({}) == {A: (5, 90.0)}
+
+
 def test_released(it: Progress) -> None:
     """A partition that went has no gauges any more, and its counters stay."""
     it.leased(A, 0)
