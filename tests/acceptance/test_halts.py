@@ -338,6 +338,27 @@ def test_an_operators_reset_rewinds_exactly_and_once(
     assert 1 == run.logs().count("an operator set the offset")
 
 
+def test_a_duplicate_is_poison_also_where_postgres_went_back(
+    kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P3: rows that went back with their checkpoint are no reason to take a producer's repetition for our own."""
+    name = topic()
+    execute(database, "CREATE TABLE t (id bigint PRIMARY KEY, n bigint)")
+    send(kafka, name, [*range(30), 5])
+    run = daemon({"back": handler(name, "t", poison={"min_messages": 100})})
+    wait_until(lambda: checkpoint(database, "consumerd.back") == 31, TIMEOUT, "the rows")
+    execute(
+        database,
+        "BEGIN; DELETE FROM t WHERE id >= 20; UPDATE consumerd.checkpoint SET next_offset = 20, max_offset = 20;"
+        "COMMIT;"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'consumerd/%'",
+    )
+    expect_rows(database, "t", range(30))
+    wait_until(lambda: checkpoint(database, "consumerd.back") == 31, TIMEOUT, "the rows again")
+    assert "Postgres went back: the checkpoint is at 20, and had been at 31" in run.logs()
+    assert 2 == letters(kafka, "consumerd.back.dlq")
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_topic_made_again_halts_and_a_deleted_group_changes_nothing(
     kafka: KafkaServer, admin: AdminClient, database: str, topic: MakeTopic, daemon: MakeDaemon, *, stopped: bool
