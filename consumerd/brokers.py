@@ -30,6 +30,11 @@ partition that is first in turn, so small fetches starve none; they cost no rate
 MESSAGE_RESERVE = 4 * 1024
 """Bytes to reserve for each message in librdkafka's queue, which counts values alone: 350 for its own structures, the
 rest for keys and headers."""
+POLL_INTERVAL_MS = 60_000
+"""Milliseconds that a group waits in a rebalance for a member that does not answer, unless its session is longer: this
+is what librdkafka sends as its rebalance timeout. The default of five minutes is for consumers that work between two
+polls; the thread here polls every few seconds whatever the database does. After a broker's crash a group waited in vain
+for all of it (seen, once in some hundred crashes)."""
 MAX_QUEUE_MESSAGES = 20_000
 """Messages to fetch ahead: 25 ms at the highest rate."""
 
@@ -98,6 +103,8 @@ def consumer_config(kafka: KafkaConfig, group_id: str, memory: int) -> dict[str,
     }
     if config.get("group.protocol") == "consumer":
         del config["partition.assignment.strategy"]
+    session = str(config.get("session.timeout.ms", ""))
+    config.setdefault("max.poll.interval.ms", max(POLL_INTERVAL_MS, int(session) if session.isdecimal() else 0))
     if kafka.group_instance_id:
         config["group.instance.id"] = kafka.group_instance_id
     return config

@@ -46,6 +46,7 @@ class Variant:
             properties["group.protocol"] = "consumer"
         else:
             properties["session.timeout.ms"] = SESSION_TIMEOUT_MS
+            properties["max.poll.interval.ms"] = 3 * SESSION_TIMEOUT_MS
         if self.protocol == "eager":
             properties["partition.assignment.strategy"] = "range"
         return {

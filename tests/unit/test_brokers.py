@@ -3,7 +3,7 @@
 import pytest
 from confluent_kafka import Consumer
 
-from consumerd.brokers import MAX_FETCH, consumer_config
+from consumerd.brokers import MAX_FETCH, POLL_INTERVAL_MS, consumer_config
 from consumerd.config import KafkaConfig
 
 MIB = 1 << 20
@@ -24,4 +24,22 @@ def test_limits(memory: int, queued_kbytes: int, queued_messages: int, fetch: in
     assert config["queued.max.messages.kbytes"] == queued_kbytes
     assert config["queued.min.messages"] == queued_messages
     assert config["fetch.max.bytes"] == config["fetch.message.max.bytes"] == fetch
+    Consumer(config).close()
+
+
+@pytest.mark.parametrize(
+    ("properties", "interval"),
+    [
+        ({}, POLL_INTERVAL_MS),
+        ({"group.protocol": "consumer"}, POLL_INTERVAL_MS),
+        ({"session.timeout.ms": 90_000}, 90_000),
+        ({"session.timeout.ms": "120000"}, 120_000),
+        ({"max.poll.interval.ms": 300_000}, 300_000),
+    ],
+)
+def test_how_long_a_group_waits_for_a_member(properties: dict[str, str | int], interval: int) -> None:
+    """A rebalance waits a minute for a member that does not answer, or its session, if that is longer."""
+    kafka = KafkaConfig.model_validate({"bootstrap_servers": "localhost:9092", "properties": properties})
+    config = consumer_config(kafka, "group", MIB)
+    assert int(config["max.poll.interval.ms"]) == interval
     Consumer(config).close()
