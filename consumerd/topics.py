@@ -10,7 +10,6 @@ import asyncio
 import math
 import re
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -98,9 +97,11 @@ class Topics:
         """Look now and then whether topics are still the same ones; raises Halt when one is gone, or was made again."""
         while self._kafka.admin:
             await asyncio.sleep(WATCH_INTERVAL)
-            with suppress(Outage):  # the consumer meets the same, and tells
-                await self.confirm(topics, time.monotonic())
             now = time.monotonic()
+            try:
+                await self.confirm(topics, now)
+            except Outage:  # the consumer meets the same, and tells
+                self._missing.clear()
             gone = [name for name, since in self._missing.items() if now - since >= MISSED_AFTER]
             if gone:
                 raise Halt(
