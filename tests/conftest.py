@@ -19,9 +19,12 @@ from tests.servers.daemon import Daemon, merged, write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
 from tests.servers.process import MissingPart, free_port, wait_until
+from tests.servers.proxy import Proxy
 
 TOPIC_TIMEOUT = 15  # seconds to make a topic and see its leaders
 SESSION_TIMEOUT_MS = 6_000  # a killed daemon's partitions come back after this; 45 s by default
+
+pytest.register_assert_rewrite("tests.acceptance.stream", "tests.acceptance.outage")
 
 _logs = pytest.StashKey[Path]()
 Server = TypeVar("Server", KafkaServer, PostgresServer)
@@ -110,6 +113,15 @@ def database(postgres: Database) -> Iterator[str]:
 def breakable_database(breakable_postgres: PostgresServer) -> Iterator[str]:
     """Make an empty database on the server that this test may stop, and give its DSN."""
     yield from _database(breakable_postgres)
+
+
+@pytest.fixture
+def proxy(breakable_postgres: PostgresServer) -> Iterator[Proxy]:
+    """Start a proxy before Postgres."""
+    proxy = Proxy(breakable_postgres.port)
+    proxy.start()
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture

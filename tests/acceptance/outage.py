@@ -1,60 +1,36 @@
 """A daemon under a running stream while its database breaks: what the operator sees, and how soon it is over."""
 
 import os
-import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
-from tests.acceptance.stream import Stream, doubled, letters, rows, source_of
-from tests.acceptance.test_exactly_once import caught_up, handler
-from tests.conftest import MakeDaemon
-from tests.servers.kafka import KafkaServer
+from tests.acceptance.events import TIMEOUT, Events
 from tests.servers.process import wait_until
-
-if TYPE_CHECKING:
-    from tests.servers.daemon import Daemon
 
 PACE = 400.0
 """Messages/s while something breaks."""
-PARTITIONS = 2
 SEEN_WITHIN = 30
 """Seconds in which an outage must be seen from outside: `lock_timeout` and `connect_timeout` are 10 s."""
 RECOVERED_WITHIN = 20
 """Seconds from an outage's end to the first new row. The goal is 5."""
 
 
-class Scene:
-    """A handler `events` that appends a stream to a table; entered, both run."""
+@dataclass
+class Scene(Events):
+    """A daemon and its stream; entered, both run. `dsn` is where rows are looked for: after a failover elsewhere."""
 
-    def __init__(
-        self,
-        kafka: KafkaServer,
-        topic: str,
-        make: MakeDaemon,
-        dsn: str,
-        *,
-        config: Mapping[str, Mapping[str, Any]] | None = None,
-        **keys: Mapping[str, Any],
-    ) -> None:
-        """Prepare; `config` and `keys` are added to the daemon's and the handler's tables."""
-        self.kafka = kafka
-        self.stream = Stream(kafka.bootstrap, topic, PARTITIONS)
-        self.dsn = dsn
-        """Where the rows are looked for; after a failover another server's."""
-        config = config or {}
-        self._config = {**config, "postgres": {"dsn": dsn, **config.get("postgres", {})}}
-        self.handlers = {"events": handler(topic, "events", write="append") | keys}
-        self._make = make
-        self.run: Daemon
-        self._seen = 0
-        self._over = threading.Event()
-        self._producer = threading.Thread()
+    config: Mapping[str, Mapping[str, Any]] | None = None
+    """What is added to the daemon's."""
+    _seen: int = 0
+    _flow: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Self:
         """Start the daemon and the stream, and wait for rows."""
-        self.run = self._make(self.handlers, self._config)
+        self.start(self.config)
         self.resume()
         wait_until(lambda: self.written() > 0, SEEN_WITHIN, "the first rows")
         return self
@@ -67,28 +43,16 @@ class Scene:
 
     def pause(self) -> None:
         """Let the stream rest."""
-        self._over.set()
-        if self._producer.is_alive():
-            self._producer.join()
+        self._flow.close()
 
     def resume(self) -> None:
         """Let the stream flow."""
-        self._over.clear()
-        self._producer = threading.Thread(target=self._produce, name="stream", daemon=True)
-        self._producer.start()
+        self._flow.enter_context(self.stream.flowing(PACE))
 
-    def catches_up(self) -> None:
+    def catches_up(self, timeout: float = TIMEOUT) -> None:
         """End the stream and wait until the checkpoints stand at its end."""
         self.pause()
-        wait_until(lambda: caught_up(self.run, {"events": self.stream}), 60, "the end of the topic")
-
-    def status(self) -> dict[str, Any]:
-        """Return the handler's part of /status."""
-        return dict(self.run.status()["handlers"]["events"])
-
-    def written(self) -> int:
-        """Return how many rows this process has committed."""
-        return int(self.status()["written"])
+        super().catches_up(timeout)
 
     def metric(self, name: str, label: str) -> float:
         """Return the sum of the handler's samples of a metric that carry a label."""
@@ -132,19 +96,17 @@ class Scene:
         Letters are sent once, unless messages had to be read `again`, perhaps by another process.
         """
         self.catches_up()
-        wait_until(lambda: self.status()["state"] == "running", SEEN_WITHIN, "the state `running`")
+        wait_until(lambda: self.state() == "running", SEEN_WITHIN, "the state `running`")
         assert self.metric("halts_total", "events") == 0
         assert again or self.retries() > 0
-        numbers = rows(self.dsn, "events")
-        assert doubled(numbers) == {}
-        assert set(numbers) == self.stream.good()
-        sources = [source_of(letter) for letter in letters(self.kafka.bootstrap, f"{self.stream.topic}.dlq")]
-        assert set(sources) == self.stream.bad()
-        assert again or len(sources) == len(self.stream.bad())
+        self.stream.check(self.dsn, letters_once=not again)
 
-    def _produce(self) -> None:
-        while not self._over.is_set():
-            self.stream.produce(40, per_second=PACE)
+
+class MakeScene(Protocol):
+    """What the ``scene`` fixture gives."""
+
+    def __call__(self, dsn: str, config: Mapping[str, Mapping[str, Any]] | None = None, **keys: object) -> Scene:
+        """Make a scene; ``config`` and ``keys`` are added to the daemon's and the handler's tables."""
 
 
 def tell(what: str, since: float) -> None:

@@ -6,9 +6,11 @@ noted by its delivery report, so table and letters are compared record by record
 
 import itertools
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +105,30 @@ class Stream:
                 self._producer.poll(ahead)
         self._producer.flush(30)
 
+    @contextmanager
+    def flowing(self, per_second: float) -> Iterator[None]:
+        """Send records as long as the block lasts."""
+        over = threading.Event()
+
+        def produce() -> None:
+            while not over.is_set():
+                self.produce(int(per_second / 20), per_second=per_second)
+
+        producer = threading.Thread(target=produce, name="stream", daemon=True)
+        producer.start()
+        try:
+            yield
+        finally:
+            over.set()
+            producer.join()
+
+    def ends(self) -> dict[int, int]:
+        """Return the offset behind the last record of each partition."""
+        ends = dict.fromkeys(range(self.partitions), 0)
+        for partition, offset in self.sent:
+            ends[partition] = max(ends[partition], offset + 1)
+        return ends
+
     def good(self) -> set[int]:
         """Return the numbers that belong into the table."""
         return {number for number in self.sent.values() if number % POISON_EVERY}
@@ -118,6 +144,19 @@ class Stream:
             if number % POISON_EVERY:
                 last[number % 1000] = number
         return set(last.values())
+
+    def lettered(self) -> list[tuple[int, int]]:
+        """Return source partition and offset of each letter in the dead-letter topic."""
+        return [source_of(letter) for letter in letters(self.bootstrap, f"{self.topic}.dlq")]
+
+    def check(self, dsn: str, *, letters_once: bool = False) -> None:
+        """Compare table and letters with what was sent: each good record is there once, each bad one is a letter."""
+        numbers = rows(dsn, "events")
+        assert doubled(numbers) == {}
+        assert set(numbers) == self.good()
+        sources = self.lettered()
+        assert set(sources) == self.bad()
+        assert not letters_once or len(sources) == len(self.bad())
 
 
 def make_table(dsn: str, name: str, constraint: str = "") -> None:

@@ -17,12 +17,14 @@ from confluent_kafka.admin import AdminClient
 
 from consumerd.brokers import fetch_bytes
 from consumerd.budget import LIBRDKAFKA_SHARE
-from tests.acceptance.test_stop import execute, handler, ids
+from tests.acceptance.events import held, state
+from tests.acceptance.test_stop import handler, ids
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
 from tests.servers.process import wait_until
+from tests.servers.sql import execute
 
 MIB = 1 << 20
 BOUND = 64
@@ -153,10 +155,10 @@ def test_large_messages_and_a_stopped_database(
     with on_the_backlog(kafka, breakable_database, topic, daemon, LARGE) as (run, check):
         breakable_postgres.stop()
         try:
-            wait_until(lambda: state(run) == "waiting", TIMEOUT, "the state `waiting`")
+            wait_until(lambda: state(run, "bounded") == "waiting", TIMEOUT, "the state `waiting`")
             stopped = time.monotonic()
             wait_until(lambda: time.monotonic() > stopped + POLL_INTERVAL + 2, TIMEOUT, "a poll to be missed")
-            assert len(run.status()["handlers"]["bounded"]["partitions"]) == PARTITIONS
+            assert len(held(run, "bounded")) == PARTITIONS
             assert members(kafka, "consumerd.bounded") == 1
             check()
             assert run.metrics()['consumerd_buffered_bytes{handler="bounded"}'] > 0
@@ -176,8 +178,3 @@ def test_what_values_do_not_show(
         check()
     check_written(run, database, backlog)
     check()
-
-
-def state(run: Daemon) -> str:
-    """Return the handler's state."""
-    return str(run.status()["handlers"]["bounded"]["state"])

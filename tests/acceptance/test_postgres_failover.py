@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.outage import Scene, tell
-from tests.acceptance.stream import make_table, rows, slow_commits
+from tests.acceptance.stream import Stream, make_table, rows, slow_commits
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
@@ -55,7 +55,7 @@ def scene(
             f"host=127.0.0.1,127.0.0.1 port={primary.port},{standby.port} user=postgres dbname=postgres "
             f"target_session_attrs={attributes}"
         )
-        return Scene(kafka, topic(2), daemon, dsn)
+        return Scene(Stream(kafka.bootstrap, topic(2), 2), dsn, daemon, {})
 
     return make
 

@@ -3,19 +3,17 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
 
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.acceptance.outage import RECOVERED_WITHIN, Scene
-from tests.acceptance.stream import make_table, slow_commits
-from tests.conftest import MakeDaemon, MakeTopic
-from tests.servers.kafka import KafkaServer
+from tests.acceptance.outage import RECOVERED_WITHIN, MakeScene, Scene
+from tests.acceptance.stream import slow_commits
 from tests.servers.postgres import PostgresServer
 from tests.servers.process import wait_until
+from tests.servers.sql import locked
 
 AGAIN_AND_AGAIN = 25
 """Times that something is done to every session of the daemon, each 100 ms."""
@@ -23,24 +21,18 @@ AGAIN_AND_AGAIN = 25
 LONG = 8.0
 """Seconds of an outage in which the waits between retries grow to what they grow to."""
 
-MakeScene = Callable[..., Scene]
-
 
 @pytest.fixture
-def scene(kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon) -> MakeScene:
+def breakable(scene: MakeScene, breakable_database: str) -> Scene:
     """Make a scene on the server that may be broken; COMMIT of some rows takes a while, and so may be hit."""
-    make_table(breakable_database, "events")
+    made = scene(breakable_database)
     slow_commits(breakable_database, "events")
-
-    def make(**keys: object) -> Scene:
-        return Scene(kafka, topic(2), daemon, breakable_database, **keys)  # type: ignore[arg-type]
-
-    return make
+    return made
 
 
-def test_stopped_in_order_and_started(scene: MakeScene, breakable_postgres: PostgresServer) -> None:
+def test_stopped_in_order_and_started(breakable: Scene, breakable_postgres: PostgresServer) -> None:
     """P4: a server that is shut down is waited for, longer than the first retries take, and gone on with once back."""
-    with scene() as events:
+    with breakable as events:
         breakable_postgres.stop()
         events.waits("onnection refused", "shutting down", "terminating connection")
         threading.Event().wait(LONG)
@@ -49,9 +41,9 @@ def test_stopped_in_order_and_started(scene: MakeScene, breakable_postgres: Post
         events.check()
 
 
-def test_killed_and_recovered(scene: MakeScene, breakable_postgres: PostgresServer) -> None:
+def test_killed_and_recovered(breakable: Scene, breakable_postgres: PostgresServer) -> None:
     """P1, P2: a crash of the whole server, or of its postmaster alone, amid COMMITs leaves each row once."""
-    with scene() as events:
+    with breakable as events:
         for children in (True, False):
             breakable_postgres.kill(children=children)
             events.waits("onnection refused", "closed the connection", "onnection to Postgres was lost")
@@ -60,18 +52,18 @@ def test_killed_and_recovered(scene: MakeScene, breakable_postgres: PostgresServ
         events.check()
 
 
-def test_a_killed_backend_restarts_the_server(scene: MakeScene, breakable_postgres: PostgresServer) -> None:
+def test_a_killed_backend_restarts_the_server(breakable: Scene, breakable_postgres: PostgresServer) -> None:
     """P1, P2: SIGKILL to one backend, which ends all and starts crash recovery, is an outage and heals by itself."""
-    with scene() as events:
+    with breakable as events:
         os.kill(a_session(breakable_postgres), signal.SIGKILL)
         wait_until(lambda: events.retries() > 0, 30, "a retry")
         events.goes_on()
         events.check()
 
 
-def test_out_of_connections(scene: MakeScene, breakable_postgres: PostgresServer) -> None:
+def test_out_of_connections(breakable: Scene, breakable_postgres: PostgresServer) -> None:
     """P4: a server whose connections others hold is waited for, and joined as soon as there is one."""
-    with scene() as events:
+    with breakable as events:
         held: list[psycopg.Connection] = []
         over = threading.Event()
 
@@ -96,9 +88,9 @@ def test_out_of_connections(scene: MakeScene, breakable_postgres: PostgresServer
         events.check()
 
 
-def test_read_only(scene: MakeScene, breakable_postgres: PostgresServer, breakable_database: str) -> None:
+def test_read_only(breakable: Scene, breakable_postgres: PostgresServer, breakable_database: str) -> None:
     """P4: a database made read-only is waited for with libpq's sentence, and nothing is dead-lettered for it."""
-    with scene() as events, psycopg.connect(breakable_postgres.dsn, autocommit=True) as conn:
+    with breakable as events, psycopg.connect(breakable_postgres.dsn, autocommit=True) as conn:
         name = sql.Identifier(str(conninfo_to_dict(breakable_database)["dbname"]))
         conn.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(name))
         conn.execute(TERMINATE)
@@ -108,20 +100,20 @@ def test_read_only(scene: MakeScene, breakable_postgres: PostgresServer, breakab
         events.check()
 
 
-def test_a_table_lock_held(scene: MakeScene, breakable_database: str) -> None:
+def test_a_table_lock_held(breakable: Scene, breakable_database: str) -> None:
     """P4: the table, or the checkpoint's, locked by another is an outage that names the lock and ends with it."""
-    with scene(config={"postgres": {"settings": {"lock_timeout": "300ms"}}}) as events:
+    breakable.config = {"postgres": {"settings": {"lock_timeout": "300ms"}}}
+    with breakable as events:
         for table in ("events", "consumerd.checkpoint"):
-            with psycopg.connect(breakable_database) as conn:
-                conn.execute(f"LOCK TABLE {table}".encode())
+            with locked(breakable_database, table):
                 events.waits("55P03")
             events.recovers()
         events.check()
 
 
-def test_disturbed_again_and_again(scene: MakeScene, breakable_postgres: PostgresServer) -> None:
+def test_disturbed_again_and_again(breakable: Scene, breakable_postgres: PostgresServer) -> None:
     """P1, P2, rule 27: statements cancelled, or sessions ended, for seconds on end halt, lose and double nothing."""
-    with scene() as events, psycopg.connect(breakable_postgres.dsn, autocommit=True) as conn:
+    with breakable as events, psycopg.connect(breakable_postgres.dsn, autocommit=True) as conn:
         pause = threading.Event()
         for function in (b"pg_cancel_backend", b"pg_terminate_backend"):
             before = events.retries()

@@ -5,20 +5,20 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from tests.acceptance.outage import RECOVERED_WITHIN, SEEN_WITHIN, Scene, tell
-from tests.acceptance.stream import make_table, slow_commits
-from tests.conftest import MakeDaemon, MakeTopic
-from tests.servers.kafka import KafkaServer
+from tests.acceptance.outage import RECOVERED_WITHIN, SEEN_WITHIN, MakeScene, Scene, tell
+from tests.acceptance.stream import slow_commits
 from tests.servers.postgres import SYSTEM_USER, PostgresServer
 from tests.servers.process import wait_until
 from tests.servers.proxy import Proxy
+from tests.servers.sql import execute
 
 NOT_DRAINED = 75
 DISK = 4 * 1024 * 1024
@@ -34,12 +34,14 @@ FOR_MINUTES = 120.0
 """Seconds for each row. A backend whose client has died notices only when it has written what it has received."""
 LARGE = {"max_messages": 20_000, "max_age": "200ms"}
 
+Config = Mapping[str, Mapping[str, Any]]
 
-def slow_table(dsn: str, seconds: float) -> None:
-    """Make the table; each of its rows can be made to take a while."""
-    make_table(dsn, "events")
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        conn.execute(SPEED.format(seconds=seconds).encode())
+
+def slow_scene(scene: MakeScene, dsn: str, seconds: float, config: Config | None = None) -> Scene:
+    """Return a scene of large batches; each row of its table can be made to take a while."""
+    made = scene(dsn, config, batch=LARGE)
+    execute(dsn, SPEED.format(seconds=seconds))
+    return made
 
 
 def turn(dsn: str, *, slow: bool) -> None:
@@ -54,8 +56,7 @@ def copying(dsn: str) -> bool:
         "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'consumerd/events' "
         "AND query LIKE 'COPY%' AND wait_event = 'PgSleep'"
     )
-    with psycopg.connect(dsn) as conn:
-        return conn.execute(asked).fetchone() is not None
+    return execute(dsn, asked) != []
 
 
 @pytest.fixture
@@ -78,23 +79,11 @@ def disk(servers_folder: Path, breakable_postgres: PostgresServer) -> Iterator[P
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.fixture
-def proxy(breakable_postgres: PostgresServer) -> Iterator[Proxy]:
-    """Start a proxy before the server."""
-    proxy = Proxy(breakable_postgres.port)
-    proxy.start()
-    yield proxy
-    proxy.close()
-
-
-def test_a_full_disk(
-    disk: Path, kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_a_full_disk(scene: MakeScene, disk: Path, breakable_database: str) -> None:
     """P4: rows that find no room wait for it, visibly, and land once when there is some; none is a dead letter."""
-    make_table(breakable_database, "events")
-    with psycopg.connect(breakable_database, autocommit=True) as conn:
-        conn.execute("ALTER TABLE events SET TABLESPACE small")
-    with Scene(kafka, topic(2), daemon, breakable_database) as events:
+    events = scene(breakable_database)
+    execute(breakable_database, "ALTER TABLE events SET TABLESPACE small")
+    with events:
         ballast = disk / "ballast"
         with pytest.raises(OSError, match="No space left"):
             ballast.write_bytes(bytes(DISK))
@@ -104,13 +93,10 @@ def test_a_full_disk(
         events.check()
 
 
-def test_writes_longer_than_statement_timeout_become_smaller(
-    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_writes_longer_than_statement_timeout_become_smaller(scene: MakeScene, breakable_database: str) -> None:
     """Rule 27: a batch that cannot end within `statement_timeout` is written in smaller ones, and poison is found."""
-    slow_table(breakable_database, 0.002)
     settings = {"postgres": {"settings": {"statement_timeout": "300ms"}}}
-    with Scene(kafka, topic(2), daemon, breakable_database, config=settings, batch=LARGE) as events:
+    with slow_scene(scene, breakable_database, 0.002, settings) as events:
         events.catches_up()
         turn(breakable_database, slow=True)
         events.stream.produce(1_500)
@@ -120,16 +106,10 @@ def test_writes_longer_than_statement_timeout_become_smaller(
         events.check()
 
 
-def test_ten_rows_a_second_progress_and_a_stop_ends(
-    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_ten_rows_a_second_progress_and_a_stop_ends(scene: MakeScene, breakable_database: str) -> None:
     """Rule 27, P9: at 10 rows/s rows land; a stop ends in time with 75, and the next run writes the rest, each once."""
-    slow_table(breakable_database, 0.1)
-    config: dict[str, dict[str, object]] = {
-        "postgres": {"settings": {"statement_timeout": "1s"}},
-        "daemon": {"drain_timeout": "2s"},
-    }
-    with Scene(kafka, topic(2), daemon, breakable_database, config=config, batch=LARGE) as events:
+    config: Config = {"postgres": {"settings": {"statement_timeout": "1s"}}, "daemon": {"drain_timeout": "2s"}}
+    with slow_scene(scene, breakable_database, 0.1, config) as events:
         events.catches_up()
         turn(breakable_database, slow=True)
         events.stream.produce(500)
@@ -140,18 +120,13 @@ def test_ten_rows_a_second_progress_and_a_stop_ends(
         tell("exit with 75", began)
         assert time.monotonic() - began < 10
         turn(breakable_database, slow=False)
-        events.run.start()
-        events.run.wait_ready()
+        events.start_again()
         events.check(again=True)
 
 
-def test_what_a_killed_daemon_left_running_does_not_block_the_next(
-    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_what_a_killed_daemon_left_running_does_not_block_the_next(scene: MakeScene, breakable_database: str) -> None:
     """Rule 5: a killed daemon's backend, busy for minutes still, is ended by the next one's claim within seconds."""
-    slow_table(breakable_database, FOR_MINUTES)
-    config = {"kafka": {"group_instance_id": "one"}}
-    with Scene(kafka, topic(2), daemon, breakable_database, config=config, batch=LARGE) as events:
+    with slow_scene(scene, breakable_database, FOR_MINUTES, {"kafka": {"group_instance_id": "one"}}) as events:
         events.catches_up()
         turn(breakable_database, slow=True)
         events.stream.produce(2_000)
@@ -167,12 +142,9 @@ def test_what_a_killed_daemon_left_running_does_not_block_the_next(
         events.check(again=True)
 
 
-def test_a_zombie_inside_copy_is_ended_and_joins_again(
-    kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_a_zombie_inside_copy_is_ended_and_joins_again(scene: MakeScene, breakable_database: str) -> None:
     """Rule 5, P2: a member stopped inside COPY holds its successor up for seconds; awake, it joins again."""
-    slow_table(breakable_database, FOR_MINUTES)
-    with Scene(kafka, topic(2), daemon, breakable_database, batch=LARGE) as events:
+    with slow_scene(scene, breakable_database, FOR_MINUTES) as events:
         first = events.run
         events.catches_up()
         turn(breakable_database, slow=True)
@@ -182,14 +154,14 @@ def test_a_zombie_inside_copy_is_ended_and_joins_again(
         began = time.monotonic()
         turn(breakable_database, slow=False)
         try:
-            second = events.run = daemon(events.handlers, {"postgres": {"dsn": breakable_database}}, wait=False)
+            second = events.start(wait=False)
             second.wait_ready(60)
             wait_until(lambda: events.written() > 0, 40, "rows of the second")
             tell("first row of the successor", began)
         finally:
             os.kill(first.process.pid, signal.SIGCONT)
         events.run = first
-        wait_until(lambda: len(events.status()["partitions"]) == 1, 60, "a partition for the first again")
+        wait_until(lambda: len(events.partitions()) == 1, 60, "a partition for the first again")
         before = events.written()
         events.resume()
         wait_until(lambda: events.written() > before, RECOVERED_WITHIN, "rows of the first again")
@@ -199,11 +171,9 @@ def test_a_zombie_inside_copy_is_ended_and_joins_again(
         events.check(again=True)
 
 
-def test_connections_that_hear_nothing_for_a_while(
-    proxy: Proxy, kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_connections_that_hear_nothing_for_a_while(scene: MakeScene, proxy: Proxy, breakable_database: str) -> None:
     """P4: what was lost while no byte passed is not waited for: the daemon finds out by itself and writes it again."""
-    with through(proxy, kafka, breakable_database, topic(2), daemon) as events:
+    with through(proxy, scene(breakable_database)) as events:
         proxy.deaf()
         events.waits("ostgres")
         proxy.hear()
@@ -212,19 +182,17 @@ def test_connections_that_hear_nothing_for_a_while(
         events.check()
 
 
-def test_connections_that_a_router_forgot(
-    proxy: Proxy, kafka: KafkaServer, breakable_database: str, topic: MakeTopic, daemon: MakeDaemon
-) -> None:
+def test_connections_that_a_router_forgot(scene: MakeScene, proxy: Proxy, breakable_database: str) -> None:
     """P4, rule 5: connections deaf for good are given up, and their backends, which hold the checkpoint, are ended."""
-    with through(proxy, kafka, breakable_database, topic(2), daemon) as events:
+    with through(proxy, scene(breakable_database)) as events:
         proxy.strand()
         events.goes_on(SEEN_WITHIN)
         events.dsn = breakable_database
         events.check()
 
 
-def through(proxy: Proxy, kafka: KafkaServer, database: str, topic: str, daemon: MakeDaemon) -> Scene:
-    """Return a scene whose daemon reaches the database through a proxy."""
-    make_table(database, "events")
-    slow_commits(database, "events")
-    return Scene(kafka, topic, daemon, make_conninfo(database, host="127.0.0.1", port=proxy.port))
+def through(proxy: Proxy, scene: Scene) -> Scene:
+    """Let a scene's daemon reach its database through a proxy; COMMIT of some rows takes a while."""
+    slow_commits(scene.dsn, "events")
+    scene.dsn = make_conninfo(scene.dsn, host="127.0.0.1", port=proxy.port)
+    return scene

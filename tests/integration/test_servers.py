@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,15 +21,6 @@ from tests.servers.process import wait_until
 from tests.servers.proxy import Proxy
 
 DEADLINE = 30.0  # seconds
-
-
-@pytest.fixture
-def proxy(breakable_postgres: PostgresServer) -> Iterator[Proxy]:
-    """Start a proxy before Postgres."""
-    proxy = Proxy(breakable_postgres.port)
-    proxy.start()
-    yield proxy
-    proxy.close()
 
 
 def _produce(kafka: KafkaServer, topic: str, value: bytes) -> None:

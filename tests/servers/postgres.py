@@ -16,11 +16,12 @@ import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, LiteralString
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
 from tests.servers.process import MissingPart, Process, free_port, wait_until
+from tests.servers.sql import execute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,11 +116,9 @@ class PostgresServer:
         """Make a standby the primary; returns when it takes writes."""
         self.execute("SELECT pg_promote()")
 
-    def execute(self, statement: LiteralString) -> list[tuple[Any, ...]]:
+    def execute(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement as the superuser, outside a transaction, and return its rows."""
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            cursor = connection.execute(statement)
-            return cursor.fetchall() if cursor.description else []
+        return execute(self.dsn, statement)
 
     def close(self) -> None:
         """End it at once and remove its data; the log stays."""
