@@ -10,18 +10,15 @@ from typing import Any, Protocol, TypeVar
 
 import psycopg
 import pytest
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from tests.servers.daemon import Daemon, merged, write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
-from tests.servers.process import MissingPart, free_port, wait_until
+from tests.servers.process import MissingPart, free_port
 from tests.servers.proxy import Proxy
 
-TOPIC_TIMEOUT = 15  # seconds to make a topic and see its leaders
 SESSION_TIMEOUT_MS = 6_000  # a killed daemon's partitions come back after this; 45 s by default
 
 pytest.register_assert_rewrite("tests.acceptance.stream", "tests.acceptance.outage")
@@ -128,19 +125,10 @@ def proxy(breakable_postgres: PostgresServer) -> Iterator[Proxy]:
 def topic(kafka: KafkaServer) -> MakeTopic:
     """Make topics."""
     kafka.start()  # a test that failed may have left it stopped
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
 
     def make(partitions: int = 1, *, prefix: str = "topic", config: Mapping[str, str] | None = None) -> str:
         name = f"{prefix}-{secrets.token_hex(4)}"
-        new = NewTopic(name, num_partitions=partitions, replication_factor=1, config=dict(config or {}))
-        for future in admin.create_topics([new], operation_timeout=TOPIC_TIMEOUT).values():
-            future.result()
-
-        def led() -> bool:
-            seen = admin.list_topics(name, timeout=TOPIC_TIMEOUT).topics[name].partitions
-            return len(seen) == partitions and all(partition.leader >= 0 for partition in seen.values())
-
-        wait_until(led, TOPIC_TIMEOUT, f"leaders of {name}")
+        kafka.make_topic(name, partitions, config)
         return name
 
     return make

@@ -27,11 +27,13 @@ CREATE TABLE {name} (
     n bigint {constraint}, grp integer NOT NULL, amount numeric(12, 2) CHECK (amount >= 0), label varchar(12), doc jsonb
 )"""
 
+COLUMNS = {name: name for name in ("n", "grp", "amount", "label", "doc")}
+"""All of them, for a handler whose table has more."""
 
 SLOW_COMMIT = """
 CREATE FUNCTION slow_{name}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END';
 CREATE CONSTRAINT TRIGGER slow AFTER INSERT OR UPDATE ON {name} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-    WHEN (NEW.n % 250 = 1) EXECUTE FUNCTION slow_{name}()"""
+    WHEN (NEW.{number} % 250 = 1) EXECUTE FUNCTION slow_{name}()"""
 
 
 def poison(number: int) -> bytes:
@@ -168,7 +170,7 @@ def make_table(dsn: str, name: str, constraint: str = "") -> None:
 def slow_commits(dsn: str, name: str) -> None:
     """Make COMMIT of a table's rows take a while: whoever is killed then has a transaction that commits without it."""
     with psycopg.connect(dsn, autocommit=True) as conn:
-        conn.execute(SLOW_COMMIT.format(name=name).encode())
+        conn.execute(SLOW_COMMIT.format(name=name, number="n").encode())
 
 
 def rows(dsn: str, table: str) -> Counter[int]:

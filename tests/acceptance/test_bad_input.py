@@ -4,13 +4,14 @@ import json
 import secrets
 from typing import Any
 
-import psycopg
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from psycopg.conninfo import make_conninfo
 
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
+from tests.servers.sql import execute
 
 TIMEOUT = 60  # seconds for everything to land
 TEN_MEGABYTES = 10_000_000
@@ -186,13 +187,6 @@ def letter(message: Message) -> tuple[Any, ...]:
     return reason, message.key(), message.value(), headers[: len(HEADERS)], message.timestamp()[1], offset
 
 
-def execute(database: str, statement: str) -> list[tuple[Any, ...]]:
-    """Run SQL in UTC and return its rows, if it has any."""
-    with psycopg.connect(database, autocommit=True, options="-c timezone=UTC") as connection:
-        cursor = connection.execute(statement.encode())
-        return cursor.fetchall() if cursor.description else []
-
-
 @pytest.mark.parametrize("write", ["append", "upsert"])
 def test_good_rows_land_and_bad_ones_are_letters(
     kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, write: str
@@ -217,7 +211,7 @@ def test_good_rows_land_and_bad_ones_are_letters(
     wait_until(settled, TIMEOUT, "rows and letters")
     assert run.status()["handlers"][f"bad-{write}"]["halt"] is None
     columns = ", ".join(f"{column}::text" for column in COLUMNS)
-    landed = execute(database, ROWS.format(columns, "t"))
+    landed = execute(make_conninfo(database, options="-c timezone=UTC"), ROWS.format(columns, "t"))
     assert [each[0] for each in rows] == [each[0] for each in landed]
     assert [] == [(_short(e), _short(r)) for e, r in zip(rows, landed, strict=True) if e != r]
     found = [letter(each) for each in sorted(read(kafka, letter_topic, len(BAD)), key=_source_offset)]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient
 
@@ -16,6 +15,7 @@ from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import REPOSITORY, write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port
+from tests.servers.sql import execute
 
 TIMEOUT = 10  # seconds for a command that ends by itself
 OK, FAILED, USAGE, CONFIG = 0, 1, 2, 78
@@ -34,13 +34,6 @@ def consumerd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
-
-
-def execute(database: str, statement: str) -> list[tuple[Any, ...]]:
-    """Run SQL and return its rows, if it has any."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        cursor = connection.execute(statement.encode())
-        return cursor.fetchall() if cursor.description else []
 
 
 def config(folder: Path, database: str, **more: Mapping[str, Any]) -> Path:

@@ -7,19 +7,18 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
-import psycopg
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
 
+from tests.acceptance.events import wait_for_halt
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import REPOSITORY, Daemon, write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
+from tests.servers.sql import execute
 
 TIMEOUT = 30  # seconds for anything that a test waits for
 UPSERT = {"write": "upsert", "key": ["id"]}
@@ -34,13 +33,6 @@ def handler(topic: str, table: str, /, **more: Any) -> dict[str, Any]:  # noqa: 
         "dead_letter": {"create": True},
         **more,
     }
-
-
-def execute(database: str, statement: str) -> list[tuple[Any, ...]]:
-    """Run SQL and return its rows, if it has any."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        cursor = connection.execute(statement.encode())
-        return cursor.fetchall() if cursor.description else []
 
 
 def send(kafka: KafkaServer, topic: str, numbers: Iterable[int] = range(10)) -> None:
@@ -65,14 +57,7 @@ def landed(database: str, table: str) -> list[tuple[Any, ...]]:
 
 def expect_halt(daemon: Daemon, name: str, *essential: str) -> str:
     """Wait until a handler has halted with these words, in /status and in the log; return its sentence."""
-
-    def halted() -> bool:
-        with suppress(OSError):  # the daemon may not listen yet
-            return bool(daemon.status()["handlers"][name]["halt"])
-        return False
-
-    wait_until(halted, TIMEOUT, f"halt of {name}")
-    sentence = str(daemon.status()["handlers"][name]["halt"]["message"])
+    sentence = wait_for_halt(daemon, name)
     assert [] == [words for words in essential if words not in sentence], sentence
     lines = [json.loads(line) for line in daemon.logs().splitlines()]
     assert f"halted: {sentence}" in [line["message"] for line in lines if line.get("handler") == name]
@@ -136,19 +121,14 @@ def role(database: str) -> Iterator[str]:
     execute(database, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
-def create_topic(admin: AdminClient, name: str, **config: str) -> None:
-    """Make a topic of one partition."""
-    admin.create_topics([NewTopic(name, 1, 1, config=config)])[name].result(TIMEOUT)
-
-
 def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
-    kafka: KafkaServer, admin: AdminClient, database: str, topic: MakeTopic, daemon: MakeDaemon
+    kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon
 ) -> None:
     """What is missing or unfit halts that handler alone; once mended as its sentence says, it runs."""
     name = topic()
     absent = f"absent-{secrets.token_hex(4)}"
     letter_topics = [f"letters-{secrets.token_hex(4)}" for _ in range(2)]
-    create_topic(admin, letter_topics[1], **{"cleanup.policy": "compact"})
+    kafka.make_topic(letter_topics[1], config={"cleanup.policy": "compact"})
     tables = ("healthy", "no_column", "no_index", "no_topic", "no_letters", "compacted")
     make_tables(database, *tables)
     execute(database, "CREATE TABLE bad_type (id bigint, n bigint, extra bytea)")
@@ -180,7 +160,7 @@ def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
     execute(database, str(re.findall(r"ALTER TABLE \S+ ADD COLUMN \S+", said["no_column"])[0]) + " bigint")
     execute(database, str(re.findall(r"CREATE UNIQUE INDEX .*?;", said["no_index"])[0]))
     execute(database, "ALTER TABLE public.unlogged SET LOGGED")
-    create_topic(admin, absent)
+    kafka.make_topic(absent)
     send(kafka, absent)
     command = shlex.split(re.findall(r"kafka-topics (.*?);", said["no_letters"])[0])
     kafka.tool("org.apache.kafka.tools.TopicCommand", *command)
@@ -377,7 +357,7 @@ def test_a_topic_made_again_halts_and_a_deleted_group_changes_nothing(
         admin.delete_consumer_groups(["consumerd.forgotten"])["consumerd.forgotten"].result(TIMEOUT)
     admin.delete_topics([name])[name].result(TIMEOUT)
     wait_until(lambda: name not in admin.list_topics(timeout=TIMEOUT).topics, TIMEOUT, "the topic's end")
-    create_topic(admin, name)
+    kafka.make_topic(name)
     send(kafka, name, range(20, 60))  # more than the old one held: a position in the old one is inside the new one
     if stopped:
         run.start()

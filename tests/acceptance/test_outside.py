@@ -13,7 +13,6 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-import psycopg
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
@@ -21,6 +20,7 @@ from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import REPOSITORY, Daemon
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
+from tests.servers.sql import execute, locked
 
 TIMEOUT = 30  # seconds for anything that a test waits for
 MESSAGES = 10_000
@@ -60,13 +60,6 @@ def handler(topic: str, table: str, /, **more: Any) -> dict[str, Any]:  # noqa: 
         "dead_letter": {"create": True, "topic": f"letters-{secrets.token_hex(4)}"},
         **more,
     }
-
-
-def execute(database: str, statement: str) -> list[tuple[Any, ...]]:
-    """Run SQL and return its rows, if it has any."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        cursor = connection.execute(statement.encode())
-        return cursor.fetchall() if cursor.description else []
 
 
 def send(kafka: KafkaServer, topic: str, values: Iterable[bytes], partitions: int = 1) -> None:
@@ -184,8 +177,7 @@ def test_lag_is_what_is_not_written(kafka: KafkaServer, database: str, topic: Ma
     run = daemon({"lagging": handler(name, "t", batch={"max_age": "100ms"})})
     labels = {"handler": "lagging", "topic": name, "partition": "0"}
     messages, seconds = series("lag_messages", **labels), series("lag_seconds", **labels)
-    with psycopg.connect(database) as locker:
-        locker.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+    with locked(database, "t"):
         send(kafka, name, [b'{"id": 1}'] * 7)
         wait_until(lambda: run.metrics()[messages] == 7 and run.metrics()[seconds] >= 1, TIMEOUT, "lag")
         assert run.metrics()[seconds] < TIMEOUT

@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
 from tests.acceptance.events import Events, MakeEvents, checkpoints, committed, halt_of, held, wait_for_halt
-from tests.acceptance.stream import Stream
+from tests.acceptance.stream import COLUMNS, Stream
 from tests.conftest import SESSION_TIMEOUT_MS
 from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaServer
@@ -32,8 +32,6 @@ PROTOCOLS: dict[str, dict[str, object]] = {
     "static": CLASSIC,
     "kip-848": {"group.protocol": "consumer"},
 }
-COLUMNS = {name: name for name in ("n", "grp", "amount", "label", "doc")}
-"""All but `seq`, which Postgres fills: the order in which rows came."""
 HOLD = """
 CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END';

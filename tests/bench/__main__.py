@@ -14,8 +14,6 @@ from pathlib import Path
 import msgspec
 import psycopg
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
 
 from consumerd.catalog import Column
 from consumerd.formats.json import Field, decoder
@@ -57,9 +55,7 @@ def value(number: int) -> bytes:
 
 def fill(kafka: KafkaServer, count: int) -> int:
     """Send the messages; return the bytes of their values."""
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    for future in admin.create_topics([NewTopic(TOPIC, num_partitions=PARTITIONS, replication_factor=1)]).values():
-        future.result()
+    kafka.make_topic(TOPIC, PARTITIONS)
     producer = Producer({"bootstrap.servers": kafka.bootstrap, "linger.ms": 50, "compression.type": "lz4"})
     size = 0
     for number in range(count):

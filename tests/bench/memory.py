@@ -17,8 +17,6 @@ from pathlib import Path
 
 import psycopg
 from confluent_kafka import KafkaError, Message, Producer
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
 
 from consumerd.brokers import fetch_bytes
 from consumerd.budget import LIBRDKAFKA_SHARE
@@ -108,11 +106,7 @@ CASES = (
 
 def fill(kafka: KafkaServer, topic: str, backlog: Backlog) -> None:
     """Make a topic and send its backlog."""
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    new = NewTopic(topic, num_partitions=backlog.partitions, replication_factor=1)
-    for future in admin.create_topics([new], operation_timeout=30).values():
-        future.result()
-    wait_until(lambda: _led(admin, topic, backlog.partitions), 60, f"leaders of {topic}")
+    kafka.make_topic(topic, backlog.partitions)
     producer = Producer(
         {
             "bootstrap.servers": kafka.bootstrap,
@@ -154,11 +148,6 @@ def fill(kafka: KafkaServer, topic: str, backlog: Backlog) -> None:
         producer.poll(0)
     assert producer.flush(FETCH_TIMEOUT) == 0
     assert not refused, refused[0]
-
-
-def _led(admin: AdminClient, topic: str, partitions: int) -> bool:
-    seen = admin.list_topics(topic, timeout=10).topics[topic].partitions
-    return len(seen) == partitions and all(partition.leader >= 0 for partition in seen.values())
 
 
 def compressed_share(kafka: KafkaServer, topic: str, backlog: Backlog) -> float:

@@ -81,7 +81,7 @@ class Records:
 
     def good(self, part: int, seq: int) -> bool:
         """Whether the record must become a row; else it must become a letter."""
-        return not self._fates[(seq + part * PARTITION_STRIDE) % FATES]
+        return not self._fate(part, seq)
 
     def key(self, part: int, seq: int) -> bytes:
         """Return the message's key, which names the record even where its value is unreadable."""
@@ -93,7 +93,7 @@ class Records:
 
     def value(self, part: int, seq: int) -> bytes | None:
         """Return the message's value."""
-        fate = self._fates[(seq + part * PARTITION_STRIDE) % FATES]
+        fate = self._fate(part, seq)
         return _KINDS[fate - 1](self.fields(part, seq)) if fate else _json(self.fields(part, seq))
 
     def fields(self, part: int, seq: int) -> Fields:
@@ -120,3 +120,7 @@ class Records:
                 if len(last) == KEYS:
                     break
         return last
+
+    def _fate(self, part: int, seq: int) -> int:
+        """Return 0 for a good record, else the number of its kind of poison."""
+        return self._fates[(seq + part * PARTITION_STRIDE) % FATES]

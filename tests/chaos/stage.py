@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.cimpl import NewTopic
 
+from tests.acceptance.stream import SLOW_COMMIT
 from tests.chaos.fleet import SLOTS, Fleet
 from tests.chaos.ledger import Ledger, Rewind
 from tests.chaos.producer import MAX_PARTITIONS, Order, ProducerProcess
@@ -22,10 +22,6 @@ TOPIC_TIMEOUT = 60.0
 RESET_TIMEOUT = 60.0
 BACKENDS_TIMEOUT = 60.0
 QUESTION_TIMEOUT = 10.0
-SLOW_COMMIT = """
-CREATE FUNCTION slow_{name}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.03); RETURN NULL; END';
-CREATE CONSTRAINT TRIGGER slow AFTER INSERT OR UPDATE ON {name} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-    WHEN (NEW.seq % 250 = 1) EXECUTE FUNCTION slow_{name}()"""
 
 
 class Stage:
@@ -39,7 +35,7 @@ class Stage:
         self.records = Records(order.seed)
         self.ledgers = {handler: Ledger(self.records) for handler in self.variant.handlers}
         self._locks = {lock: threading.Lock() for lock in LOCKS}
-        self._make_topic()
+        world.kafka.make_topic(name, variant.partitions)
         self._make_tables()
         self.fleet = Fleet(
             folder,
@@ -162,18 +158,6 @@ class Stage:
             }
         )
 
-    def _make_topic(self) -> None:
-        admin = self.world.admin()
-        new = NewTopic(self.topic, num_partitions=self.variant.partitions, replication_factor=1)
-        for future in admin.create_topics([new]).values():
-            future.result(TOPIC_TIMEOUT)
-
-        def led() -> bool:
-            seen = admin.list_topics(self.topic, timeout=QUESTION_TIMEOUT).topics[self.topic].partitions
-            return len(seen) == self.variant.partitions and all(found.leader >= 0 for found in seen.values())
-
-        wait_until(led, TOPIC_TIMEOUT, f"leaders of {self.topic}")
-
     def _make_tables(self) -> None:
         self.world.make_database(self.database)
         with self.world.superuser(self.database) as conn:
@@ -182,4 +166,4 @@ class Stage:
                 conn.execute(TABLE.format(name=name, constraint=constraint, where=where).encode())
                 conn.execute(f"GRANT SELECT, INSERT, UPDATE ON {name} TO {LOADER}".encode())
                 if self.variant.slow_commits:
-                    conn.execute(SLOW_COMMIT.format(name=name).encode())
+                    conn.execute(SLOW_COMMIT.format(name=name, number="seq").encode())

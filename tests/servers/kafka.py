@@ -19,8 +19,10 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
-from tests.servers.process import MissingPart, Process, free_port
+from tests.servers.process import MissingPart, Process, free_port, wait_until
 
 POM = Path(__file__).with_name("pom.xml")
 JAVA = (
@@ -34,6 +36,7 @@ CLUSTER_ID = "MkU3OEVBNTcwNTJENDM2Qk"
 FETCH_TIMEOUT = 600  # seconds: 50 MB over a slow line
 START_TIMEOUT = 60  # seconds: it takes 3 to 5, a restart after SIGKILL a few more
 STOP_TIMEOUT = 30  # seconds: it takes 1 or 2
+TOPIC_TIMEOUT = 60  # seconds to make a topic and see its leaders
 QUESTION_TIMEOUT = 2.0  # seconds that one question to the broker may take
 MAX_MESSAGE_BYTES = 20 * 1024 * 1024  # tests send a value of 10 MB
 
@@ -123,6 +126,18 @@ class KafkaServer:
         """Kill it and remove its data; the log stays."""
         self.kill()
         shutil.rmtree(self.folder / "data", ignore_errors=True)
+
+    def make_topic(self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None) -> None:
+        """Make a topic, and return when each of its partitions has a leader."""
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+        new = NewTopic(name, num_partitions=partitions, replication_factor=1, config=dict(config or {}))
+        admin.create_topics([new], operation_timeout=TOPIC_TIMEOUT)[name].result()
+
+        def led() -> bool:
+            seen = admin.list_topics(name, timeout=TOPIC_TIMEOUT).topics[name].partitions
+            return len(seen) == partitions and all(partition.leader >= 0 for partition in seen.values())
+
+        wait_until(led, TOPIC_TIMEOUT, f"leaders of {name}")
 
     def tool(self, main_class: str, *arguments: str) -> str:
         """Run one of Kafka's own commands by its class and return what it printed."""
