@@ -39,7 +39,7 @@ class Events:
     dsn: str
     make: MakeDaemon
     keys: dict[str, object]
-    run: Daemon = field(init=False)
+    run: Daemon = field(init=False, repr=False)
     """The daemon that was started last."""
 
     def start(self, config: Mapping[str, Any] | str | None = None, *, wait: bool = True) -> Daemon:
@@ -146,7 +146,7 @@ def commits(stream: Stream) -> list[TopicPartition]:
         consumer.close()
 
 
-def commit(stream: Stream, offsets: Mapping[int, int], metadata: str | None = None) -> None:
+def commit(stream: Stream, offsets: Mapping[int, int], metadata: str = "") -> None:
     """Commit for a stream's group what another consumer, or a tool, would."""
     consumer = Consumer({"bootstrap.servers": stream.bootstrap, "group.id": stream.topic})
     places = [TopicPartition(stream.topic, *place, metadata=metadata) for place in offsets.items()]

@@ -19,8 +19,8 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 
 POISON_EVERY = 47
 """One record in this many is poison: 2 %, below the breaker's 5 %."""
-LETTERS_IDLE = 1.0
-"""Seconds for the end of a dead-letter topic to be reached."""
+LETTERS_IDLE = 20.0
+"""Seconds in which more of a dead-letter topic must come."""
 
 TABLE = """
 CREATE TABLE {name} (
@@ -192,8 +192,8 @@ def letters(bootstrap: str, topic: str) -> list[Message]:
         ends = {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=10)[1] for p in partitions}
         consumer.assign([TopicPartition(topic, p, 0) for p in partitions])
         found: list[Message] = []
-        while len(found) < sum(ends.values()):
-            messages = consumer.consume(1000, LETTERS_IDLE)
+        while missing := sum(ends.values()) - len(found):
+            messages = consumer.consume(min(missing, 1000), LETTERS_IDLE)
             assert messages, f"{topic} ends early: {len(found)} of {sum(ends.values())}"
             found += [message for message in messages if message.error() is None]
         return found

@@ -5,9 +5,10 @@ import secrets
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka import Message, Producer
 from psycopg.conninfo import make_conninfo
 
+from tests.acceptance.stream import letters, source_of
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
@@ -155,28 +156,16 @@ def produce(kafka: KafkaServer, topic: str) -> tuple[list[tuple[str | None, ...]
     """Send good ones and bad ones in turns; return the rows and the letters that are to be."""
     settings: dict[str, Any] = {"bootstrap.servers": kafka.bootstrap, "message.max.bytes": MAX_MESSAGE_BYTES}
     producer = Producer(settings)
-    rows, letters = [], []
+    rows, refused = [], []
     for number, (bad, reason) in enumerate(BAD):
         good, expected = GOOD[number] if number < len(GOOD) else (value(1_000 + number), row(1_000 + number))
         producer.produce(topic, good, timestamp=FIRST_TIMESTAMP)
         rows.append(expected)
         key, timestamp = KEYS[number % len(KEYS)], FIRST_TIMESTAMP + number
         producer.produce(topic, bad, key=key, headers=HEADERS, timestamp=timestamp)
-        letters.append((reason, key, bad, HEADERS, timestamp, str(2 * number + 1)))
+        refused.append((reason, key, bad, HEADERS, timestamp, str(2 * number + 1)))
     assert producer.flush(TIMEOUT) == 0
-    return sorted(rows, key=lambda each: int(each[0] or 0)), letters
-
-
-def read(kafka: KafkaServer, topic: str, count: int) -> list[Message]:
-    """Read the first ``count`` messages of a topic of one partition; no more may follow."""
-    consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": "letters", "enable.auto.commit": False})
-    consumer.assign([TopicPartition(topic, 0, 0)])
-    messages: list[Message] = []
-    wait_until(lambda: len(messages.__iadd__(consumer.consume(count, 0.5))) >= count, TIMEOUT, f"{count} letters")
-    bounds = consumer.get_watermark_offsets(TopicPartition(topic, 0))
-    consumer.close()
-    assert (0, count) == bounds
-    return messages
+    return sorted(rows, key=lambda each: int(each[0] or 0)), refused
 
 
 def letter(message: Message) -> tuple[Any, ...]:
@@ -194,7 +183,7 @@ def test_good_rows_land_and_bad_ones_are_letters(
     """No input crashes, is skipped, or changes a value: each is its row, or a letter with its reason, byte for byte."""
     name = topic(config={"max.message.bytes": str(MAX_MESSAGE_BYTES)})
     execute(database, TABLE.format("t"))
-    rows, letters = produce(kafka, name)
+    rows, refused = produce(kafka, name)
     table: dict[str, Any] = {"name": "t", "write": write}
     if write == "upsert":
         execute(database, "CREATE UNIQUE INDEX ON t (id)")
@@ -214,13 +203,11 @@ def test_good_rows_land_and_bad_ones_are_letters(
     landed = execute(make_conninfo(database, options="-c timezone=UTC"), ROWS.format(columns, "t"))
     assert [each[0] for each in rows] == [each[0] for each in landed]
     assert [] == [(_short(e), _short(r)) for e, r in zip(rows, landed, strict=True) if e != r]
-    found = [letter(each) for each in sorted(read(kafka, letter_topic, len(BAD)), key=_source_offset)]
-    assert [] == [(e[0], f[0], _short(e[2:3])) for e, f in zip(letters, found, strict=True) if e[0] != f[0]]
-    assert [] == [(_short(e), _short(f)) for e, f in zip(letters, found, strict=True) if e != f]
-
-
-def _source_offset(message: Message) -> int:
-    return int(dict(message.headers() or [])["__connect.errors.offset"] or -1)
+    found = [
+        letter(each) for each in sorted(letters(kafka.bootstrap, letter_topic), key=lambda each: source_of(each)[1])
+    ]
+    assert [] == [(e[0], f[0], _short(e[2:3])) for e, f in zip(refused, found, strict=True) if e[0] != f[0]]
+    assert [] == [(_short(e), _short(f)) for e, f in zip(refused, found, strict=True) if e != f]
 
 
 def _short(whole: tuple[Any, ...]) -> str:

@@ -14,8 +14,9 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka import Producer
 
+from tests.acceptance.stream import letters
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import REPOSITORY, Daemon
 from tests.servers.kafka import KafkaServer
@@ -68,16 +69,6 @@ def send(kafka: KafkaServer, topic: str, values: Iterable[bytes], partitions: in
     for number, value in enumerate(values):
         producer.produce(topic, value, key=b"key", partition=number % partitions)
     assert producer.flush(TIMEOUT) == 0
-
-
-def read(kafka: KafkaServer, topic: str, count: int) -> list[Message]:
-    """Read the first ``count`` messages of a topic of one partition."""
-    consumer = Consumer({"bootstrap.servers": kafka.bootstrap, "group.id": "letters", "enable.auto.commit": False})
-    consumer.assign([TopicPartition(topic, 0, 0)])
-    messages: list[Message] = []
-    wait_until(lambda: len(messages.__iadd__(consumer.consume(count, 0.5))) >= count, TIMEOUT, f"{count} letters")
-    consumer.close()
-    return messages
 
 
 def series(name: str, **labels: str) -> str:
@@ -296,13 +287,13 @@ def test_no_value_of_a_row_is_seen_outside(
     send(kafka, name, [_filled(FAILURES[0], 0), *values])
     good = 1 if write == "append" else 2
     settle(run, f"secrets-{write}", len(values) + 1)
-    letters = read(kafka, made["dead_letter"]["topic"], len(values) + 1 - good)
+    found = letters(kafka.bootstrap, made["dead_letter"]["topic"])
     run_outputs = [run.get("/status")[1], run.get("/metrics")[1], run.get("/readyz")[1]]
     assert 0 == run.stop()
-    headers = [repr(letter.headers()) for letter in letters]
+    headers = [repr(letter.headers()) for letter in found]
     outputs = "\n".join([*run_outputs, run.logs(), *headers])
     assert [] == [secret for secret in (*SECRETS, NUMBER) if secret in outputs]
-    assert sorted(values[good - 1 :]) == sorted(letter.value() or b"" for letter in letters)
+    assert sorted(values[good - 1 :]) == sorted(letter.value() or b"" for letter in found)
 
 
 def _filled(template: str, number: int) -> bytes:
