@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import psycopg
 from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from tests.acceptance.stream import Stream
 from tests.conftest import MakeDaemon
 from tests.servers.daemon import Daemon, merged
+from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 
 PACE = 4000.0
@@ -152,6 +154,13 @@ def commit(stream: Stream, offsets: Mapping[int, int], metadata: str = "") -> No
     places = [TopicPartition(stream.topic, *place, metadata=metadata) for place in offsets.items()]
     consumer.commit(offsets=places, asynchronous=False)
     consumer.close()
+
+
+def members(kafka: KafkaServer, group: str) -> int:
+    """Return how many members a group has."""
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    (described,) = admin.describe_consumer_groups([group], request_timeout=TIMEOUT).values()
+    return len(described.result().members)
 
 
 def checkpoints(dsn: str, stream: Stream) -> dict[int, int]:

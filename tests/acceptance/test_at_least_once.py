@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import threading
 
 import pytest
@@ -103,7 +104,7 @@ def test_what_is_kept_in_kafka(kafka: KafkaServer, database: str, events: MakeEv
     commit(made.stream, {0: 400})
     topic = made.stream.topic
     kafka.tool(
-        "org.apache.kafka.tools.TopicCommand",
+        "kafka-topics",
         *("--bootstrap-server", kafka.bootstrap, "--alter", "--topic", topic, "--partitions", "3"),
     )
     stream = Stream(kafka.bootstrap, topic, 3, made.stream.sent, itertools.count(1000))
@@ -125,8 +126,7 @@ def test_a_checkpoint_in_postgres_is_not_forgotten(kafka: KafkaServer, database:
     again = made.start(wait=False)
     sentence = wait_for_halt(again)
     assert again.stop() == 0
-    command = sentence.partition("kafka-consumer-groups ")[2].partition(" --execute")[0]
-    kafka.tool("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", *command.split(), "--execute")
+    kafka.typed(re.findall("kafka-consumer-groups .*? --execute", sentence)[0])
     made.stream.produce(500)
     made.start_again()
     wait_until(lambda: set(rows(database, "events")) == made.stream.good(), 30, "the rest")

@@ -3,7 +3,6 @@
 import json
 import re
 import secrets
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -162,10 +161,8 @@ def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
     execute(database, "ALTER TABLE public.unlogged SET LOGGED")
     kafka.make_topic(absent)
     send(kafka, absent)
-    command = shlex.split(re.findall(r"kafka-topics (.*?);", said["no_letters"])[0])
-    kafka.tool("org.apache.kafka.tools.TopicCommand", *command)
-    command = shlex.split(re.findall(r"kafka-configs (.*?);", said["compacted"])[0])
-    kafka.tool("kafka.admin.ConfigCommand", *command)
+    kafka.typed(re.findall("(kafka-topics .*?);", said["no_letters"])[0])
+    kafka.typed(re.findall("(kafka-configs .*?);", said["compacted"])[0])
     handlers["bad_type"]["columns"] = {"id": "id", "n": "n"}
     restart(run, handlers)
     for table in (*essential, "healthy"):

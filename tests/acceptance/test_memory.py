@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import psycopg
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient
 
 from consumerd.brokers import fetch_bytes
 from consumerd.budget import LIBRDKAFKA_SHARE
-from tests.acceptance.events import held, state
+from tests.acceptance.events import held, members, state
 from tests.acceptance.test_stop import handler, ids
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
@@ -132,13 +131,6 @@ def check_written(run: Daemon, database: str, backlog: Backlog) -> None:
 
     wait_until(written, TIMEOUT, "the end of the backlog")
     assert ids(database) == list(range(backlog.count))
-
-
-def members(kafka: KafkaServer, group: str) -> int:
-    """Return how many members a group has."""
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    (described,) = admin.describe_consumer_groups([group], request_timeout=TIMEOUT).values()
-    return len(described.result().members)
 
 
 def test_large_messages_and_a_stopped_database(

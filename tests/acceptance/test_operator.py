@@ -13,23 +13,21 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from confluent_kafka.admin import AdminClient
 
-from tests.acceptance.events import Events, MakeEvents, checkpoints, commit, commits, committed, wait_for_halt
+from tests.acceptance.events import Events, MakeEvents, checkpoints, commit, commits, committed, members, wait_for_halt
 from tests.acceptance.stream import POISON_EVERY, Stream, rows
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 from tests.servers.sql import blocked, execute
 
 TIMEOUT = 30
-TOOL = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"
 PARTITIONS = 3
 CRASHES = 4
 
 
 def tool(kafka: KafkaServer, group: str, *arguments: str) -> str:
     """Run kafka-consumer-groups for a group."""
-    return kafka.tool(TOOL, "--bootstrap-server", kafka.bootstrap, "--group", group, *arguments)
+    return kafka.tool("kafka-consumer-groups", "--bootstrap-server", kafka.bootstrap, "--group", group, *arguments)
 
 
 def expected(stream: Stream, times: dict[tuple[int, int], int]) -> Counter[int]:
@@ -128,13 +126,7 @@ def test_a_crash_at_any_moment_of_adopting_repeats_nothing(
 
 def wait_for_no_member(kafka: KafkaServer, group: str) -> None:
     """Wait until the broker has dropped a killed member."""
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-
-    def empty() -> bool:
-        (future,) = admin.describe_consumer_groups([group]).values()
-        return not future.result(TIMEOUT).members
-
-    wait_until(empty, TIMEOUT, "a group without members")
+    wait_until(lambda: members(kafka, group) == 0, TIMEOUT, "a group without members")
 
 
 def test_a_crash_between_checkpoint_and_acknowledgement_repeats_nothing(

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import time
 from collections.abc import Mapping
@@ -230,8 +229,7 @@ def goes_on_after_the_gap(kafka: KafkaServer, made: Events, low: int) -> None:
     stream, run = made.stream, made.run
     at = checkpoints(made.dsn, stream)[0]
     assert f"{stream.topic}:0: offsets {at}..{low - 1} are gone" in halt_of(run)
-    command = re.findall(r"kafka-consumer-groups (.*?), then restart", halt_of(run))[0]
-    kafka.tool("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", *shlex.split(command))
+    kafka.typed(re.findall("(kafka-consumer-groups .*?), then restart", halt_of(run))[0])
     run.stop()
     made.start_again()
     for offset in range(at, low):

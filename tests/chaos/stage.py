@@ -74,7 +74,7 @@ class Stage:
         partitions = min(self.producer.partitions + more, MAX_PARTITIONS)
         if partitions > self.producer.partitions:
             self.world.kafka.tool(
-                "org.apache.kafka.tools.TopicCommand",
+                "kafka-topics",
                 *("--bootstrap-server", self.world.kafka.bootstrap, "--alter", "--topic", self.topic),
                 *("--partitions", str(partitions)),
             )
@@ -105,7 +105,7 @@ class Stage:
         answers: list[str] = []
 
         def done() -> bool:
-            answers[:] = [self.world.kafka.tool("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", *command)]
+            answers[:] = [self.world.kafka.tool("kafka-consumer-groups", *command)]
             return {part: found.offset for part, found in self.committed(handler).items() if part in to} == to
 
         # A killed member is in its group until its session has timed out, and the tool wants no members.

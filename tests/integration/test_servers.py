@@ -79,8 +79,7 @@ def test_kafka_tool_runs(kafka: KafkaServer, topic: MakeTopic) -> None:
     name = topic()
     _produce(kafka, name, b"one")
     _consume(kafka, name)
-    main_class = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"
-    assert name in kafka.tool(main_class, "--bootstrap-server", kafka.bootstrap, "--list")
+    assert name in kafka.tool("kafka-consumer-groups", "--bootstrap-server", kafka.bootstrap, "--list")
 
 
 def test_postgres_answers(database: str) -> None:

@@ -8,6 +8,7 @@ static one of the broker alone, so that nothing in the data folder depends on a 
 import base64
 import functools
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -32,6 +33,12 @@ JAVA = (
     "-XX:TieredStopAtLevel=1",
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
 )
+TOOLS = {
+    "kafka-configs": "kafka.admin.ConfigCommand",
+    "kafka-consumer-groups": "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand",
+    "kafka-topics": "org.apache.kafka.tools.TopicCommand",
+}
+"""Kafka's own commands, by the names that an operator types."""
 CLUSTER_ID = "MkU3OEVBNTcwNTJENDM2Qk"
 FETCH_TIMEOUT = 600  # seconds: 50 MB over a slow line
 START_TIMEOUT = 60  # seconds: it takes 3 to 5, a restart after SIGKILL a few more
@@ -139,10 +146,14 @@ class KafkaServer:
 
         wait_until(led, TOPIC_TIMEOUT, f"leaders of {name}")
 
-    def tool(self, main_class: str, *arguments: str) -> str:
-        """Run one of Kafka's own commands by its class and return what it printed."""
-        command = [*JAVA, "-cp", f"{fetch()}/libs/*", main_class, *arguments]
+    def tool(self, name: str, *arguments: str) -> str:
+        """Run one of Kafka's own commands by its name, or its class, and return what it printed."""
+        command = [*JAVA, "-cp", f"{fetch()}/libs/*", TOOLS.get(name, name), *arguments]
         return _run(command, QUESTION_TIMEOUT * 30)
+
+    def typed(self, line: str) -> str:
+        """Run the line that an operator is told to type and return what it printed."""
+        return self.tool(*shlex.split(line))
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.running:
