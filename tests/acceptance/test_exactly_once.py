@@ -45,7 +45,7 @@ def test_ten_kills_lose_and_double_nothing(
     )
     with ExitStack() as flowing:
         for stream in streams.values():
-            flowing.enter_context(stream.flowing(PACE))
+            flowing.enter_context(stream.flowing(PACE / 2))
         for number in range(KILLS):
             if number % 4:  # each fourth comes while it starts, the others while it writes
                 kill_while_writing(run, dice)
