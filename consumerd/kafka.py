@@ -69,6 +69,13 @@ UNKNOWN = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaErr
 """A broker that starts says so of topics that are there; `Topics.watch` sees those that are gone."""
 DAMAGED = {KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError._NOT_IMPLEMENTED}  # noqa: SLF001
 """What follows one of these in a partition is not to be trusted."""
+SESSION_TIMEOUT_MS = 45_000
+"""librdkafka's default of session.timeout.ms."""
+REJOIN_AFTER = 0.25
+"""Share of a session without any broker after which a new join is asked for: the last heartbeat is some seconds older,
+and a broker that restarts quickly need not be joined anew."""
+NO_TOPIC = "consumerd:rejoin"
+"""No topic can have this name (Kafka knows no colon in one)."""
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
@@ -146,7 +153,8 @@ class ConsumerThread(threading.Thread):
         self._paused = False
         self._full_since: float | None = None
         self._told = 0
-        self._unreachable = False
+        self._unreachable_since: float | None = None
+        self._rejoining = False
         self._spare = False
         self._next_watermarks = 0.0
         self._looked = 0
@@ -200,9 +208,7 @@ class ConsumerThread(threading.Thread):
             self._tell(self._close_future)
             return
         try:
-            consumer.subscribe(
-                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-            )
+            self._subscribe(consumer, self._topics)
             while not self._closing.is_set():
                 self._turn(consumer)
             self._finish(consumer)
@@ -216,6 +222,9 @@ class ConsumerThread(threading.Thread):
                 consumer.close()
             finally:
                 self._tell(self._close_future)
+
+    def _subscribe(self, consumer: ck.Consumer, topics: list[str]) -> None:
+        consumer.subscribe(topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     def _turn(self, consumer: ck.Consumer) -> None:
         """One turn: what was asked for, commits, and what there is to consume."""
@@ -395,7 +404,7 @@ class ConsumerThread(threading.Thread):
         if error.fatal():
             self._tell(self._listener.failed, Halt("kafka", f"librdkafka gave up: {error.str()}"))
         elif error.code() in {KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION, KafkaError._SSL}:  # noqa: SLF001
-            self._unreachable = True
+            self._unreachable_since = self._unreachable_since or time.monotonic()
             self._tell(self._listener.reachable, f"Kafka: {error.str()}")
 
     def _on_event(self, consumer: ck.Consumer, message: ck.Message) -> None:
@@ -436,12 +445,13 @@ class ConsumerThread(threading.Thread):
         if now < self._next_watermarks:
             return
         self._next_watermarks = now + WATERMARK_INTERVAL
-        if self._unreachable:
+        if self._unreachable_since is not None:
             try:
                 consumer.list_topics(self._topics[0], timeout=WATERMARK_INTERVAL)
             except KafkaException:
+                self._keep_membership(consumer, now - self._unreachable_since)
                 return
-            self._unreachable = False
+            self._unreachable_since, self._rejoining = None, False
             self._tell(self._listener.reachable, None)
         high = {}
         if self._paused and self._live:  # what is paused is not fetched, and its cached watermark stands still
@@ -456,6 +466,22 @@ class ConsumerThread(threading.Thread):
         self._tell(self._listener.watermarks, high)
         at = consumer.position(brokers.positions(self._live)) if self._live else []
         self._tell(self._listener.positions, {TopicPartition(p.topic, p.partition): p.offset for p in at})
+
+    def _keep_membership(self, consumer: ck.Consumer, away: float) -> None:
+        """Ask to join the group anew before the session times out; the member then keeps its id.
+
+        When its session times out librdkafka forgets the id and joins as another member, but a broker that was away
+        begins to count the session of the one that it knows when it is back, and lets nobody in before that has run out
+        (45 s). A member that is about to join has no session to lose, and keeps its id. What makes it join is a change
+        of its subscription. Static members, and those of the consumer protocol, have an id of their own.
+        """
+        session = int(self._config.get("session.timeout.ms", SESSION_TIMEOUT_MS)) / 1000
+        its_own = "group.instance.id" in self._config or self._config.get("group.protocol") == "consumer"
+        if self._rejoining or its_own or not self._incremental or away < session * REJOIN_AFTER:
+            return
+        self._rejoining = True
+        self._subscribe(consumer, [NO_TOPIC])
+        self._subscribe(consumer, self._topics)  # librdkafka keeps it until the revoke that comes of the first is done
 
     def _tell(self, function: Callable[..., None], *values: object) -> None:
         try:

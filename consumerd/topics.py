@@ -10,6 +10,7 @@ import asyncio
 import math
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,6 +64,8 @@ class Topics:
         self._confirmed = -math.inf
         self._missing: dict[str, float] = {}
         """Since when topics are not known to the brokers."""
+        self._astray = False
+        """The last look at the ids was not answered."""
         try:
             self._admin = AdminClient(client_config(kafka))
         except KafkaException as error:
@@ -123,13 +126,7 @@ class Topics:
         async with self._confirming:
             if arrived <= self._confirmed + FRESH:
                 return
-            began = time.monotonic()
-            try:
-                ids = await self._call(self._ids, list(topics), CONFIRM_TIMEOUT)
-            except Outage:  # it was asked of a broker that is gone, until the cluster is looked at again
-                await self._call(self._partitions)
-                began = time.monotonic()
-                ids = await self._call(self._ids, list(topics), CONFIRM_TIMEOUT)
+            began, ids = await self._look(list(topics))
             for name, topic in topics.items():
                 if topic.topic_id is not None and ids.get(name, topic.topic_id) != topic.topic_id:
                     raise Halt(
@@ -140,6 +137,24 @@ class Topics:
                     )
             self._missing = {name: self._missing.get(name, began) for name in topics if name not in ids}
             self._confirmed = began
+
+    async def _look(self, names: list[str]) -> tuple[float, dict[str, str]]:
+        """Return the ids of topics, and when they were asked for; raises Outage.
+
+        librdkafka asks the broker that it takes for the controller, waits for that one alone, and tries to connect to
+        it without a pause (seen: a core kept busy). Any broker tells who it is now, so once a look was not answered
+        each begins with that question: one begun when the cluster has noticed a broker's death is answered at once.
+        """
+        if not self._astray:
+            began = time.monotonic()
+            with suppress(Outage):
+                return began, await self._call(self._ids, names, CONFIRM_TIMEOUT)
+            self._astray = True
+        await self._call(self._admin.list_topics, names[0], CONFIRM_TIMEOUT)
+        began = time.monotonic()
+        ids = await self._call(self._ids, names, CONFIRM_TIMEOUT)
+        self._astray = False
+        return began, ids
 
     async def ensure_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> int | None:
         """Make the dead-letter topic if that is asked for, and refuse one that would lose letters; raises Halt.
