@@ -21,8 +21,6 @@ from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 
-__all__ = ["caught_up", "handler"]  # test_kafka_outages takes them from here
-
 KILLS = 10
 
 

@@ -27,9 +27,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 from confluent_kafka.cimpl import NewTopic
 
+from tests.acceptance.events import caught_up, handler, state
 from tests.acceptance.stream import POISON_EVERY, Stream, letters, make_table, source_of
-from tests.acceptance.test_exactly_once import caught_up, handler
-from tests.acceptance.test_outages import check, state
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaCluster, KafkaServer
@@ -156,7 +155,7 @@ def test_a_broker_that_is_gone_is_waited_for(
     # A session of six seconds is over before a silent connection is given up; the broker then waits for who it was.
     within = RECOVERY + (session if fault == "frozen" and session != DEFAULT else 0)
     is_waited_for(fault, run, stream, faults(kafka, proxy)[fault], lasts=lasts, within=within)
-    check(kafka, database, stream)
+    stream.check(database)
 
 
 @pytest.mark.parametrize("member", ["static", "consumer protocol"])
@@ -169,7 +168,7 @@ def test_a_member_with_an_id_of_its_own_is_back_as_soon(
     static = by(proxy, group_instance_id="one")
     run = daemon(events(stream.topic), static if member == "static" else kip_848(database, proxy.port))
     is_waited_for("killed", run, stream, faults(kafka, proxy)["killed"])
-    check(kafka, database, stream)
+    stream.check(database)
 
 
 def is_waited_for(
@@ -230,7 +229,7 @@ def test_a_member_cut_off_from_the_broker_alone_writes_nothing(
     second.start()
     second.wait_ready()
     wait_until(lambda: caught_up(second, {"events": stream}), TIMEOUT, "the end of the topic")
-    check(kafka, database, stream)
+    stream.check(database)
 
 
 def kip_848(dsn: str, port: int) -> str:
@@ -277,7 +276,7 @@ def test_a_brokers_full_disk_is_waited_for(database: str, tmp_path: Path, daemon
         meanwhile.join()
         wait_until(lambda: caught_up(run, {"events": stream}), TIMEOUT, "the end of the topic")
         assert run.stop() == 0
-        check(server, database, stream)
+        stream.check(database)
     finally:
         server.close()
         subprocess.run(["umount", str(disk)], check=True)
@@ -335,7 +334,7 @@ def test_a_cluster_goes_on_without_one_broker_and_waits_without_two(
         wait_until(lambda: caught_up(run, {"events": stream}), TIMEOUT, "the end of the topic")
         wait_until(lambda: state(run) == "running", TIMEOUT, "the state `running`")
         assert run.stop() == 0
-        check(cluster, database, stream)
+        stream.check(database)
     finally:
         cluster.close()
 
@@ -396,7 +395,7 @@ def test_a_privilege_revoked_in_mid_run_halts_and_granted_goes_on(
     run.wait_ready()
     wait_until(lambda: caught_up(run, {"events": stream}), TIMEOUT, "the end of the topic")
     assert run.stop() == 0
-    check(kafka, database, stream)
+    stream.check(database)
 
 
 def acl(topic: str, operation: AclOperation, permission: AclPermissionType) -> AclBinding:

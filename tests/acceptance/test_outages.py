@@ -2,20 +2,13 @@
 
 from psycopg.conninfo import make_conninfo
 
-from tests.acceptance.events import Events, MakeEvents, state
-from tests.acceptance.stream import Stream, slow_commits
-from tests.servers.kafka import KafkaCluster, KafkaServer
+from tests.acceptance.events import Events, MakeEvents
+from tests.acceptance.stream import slow_commits
+from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
 from tests.servers.process import free_port, wait_until
 from tests.servers.proxy import Proxy
 from tests.servers.sql import execute, locked
-
-__all__ = ["check", "state"]  # test_kafka_outages takes them from here
-
-
-def check(_: KafkaServer | KafkaCluster, dsn: str, stream: Stream) -> None:
-    """Compare table and letters with what was sent."""
-    stream.check(dsn)
 
 
 def retries(events: Events) -> float:
