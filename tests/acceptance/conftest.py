@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from tests.acceptance.events import Events, MakeEvents
 from tests.acceptance.outage import MakeScene, Scene
@@ -19,6 +20,12 @@ def dice() -> random.Random:
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # noqa: T201 - to repeat a failure
     return random.Random(seed)
+
+
+@pytest.fixture
+def admin(kafka: KafkaServer) -> AdminClient:
+    """Make a client for what an operator does."""
+    return AdminClient({"bootstrap.servers": kafka.bootstrap})
 
 
 @pytest.fixture

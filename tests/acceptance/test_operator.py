@@ -1,6 +1,6 @@
 """P10: Kafka's own tools take effect exactly, with the checkpoint in Postgres; what is lost or restored resets nothing.
 
-rules.md 10 and 11 on a real broker and a real database. The lines of rule 10 that halt are in test_halts.py.
+rules.md 10 and 11 on a real broker and a real database. The lines of rule 10 that halt are in test_checkpoint_halts.py.
 """
 
 import json
