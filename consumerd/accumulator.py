@@ -89,12 +89,13 @@ class Batch:
         None of the letters may be on its way.
         """
         assert not self.on_their_way, "a letter would not find its batch"  # noqa: S101 - the caller's promise
+        kept = size_of(self.messages[:count])
         rest = Batch(
             partition=self.partition,
             first_offset=self.messages[count].offset(),
             next_offset=self.next_offset,
             messages=self.messages[count:],
-            size=size_of(self.messages[count:]),
+            size=max(0, self.size - kept),  # the few that are kept are sized: a batch may be cut many times
             reason=self.reason,
             gathered_since=self.gathered_since,
             arrived=self.arrived,

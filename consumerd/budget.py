@@ -28,7 +28,7 @@ BATCHES_PER_CONNECTION = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The parts of one handler's memory, in bytes."""
+    """The parts of one handler's memory, in bytes, and what follows from them."""
 
     queue: int
     """For librdkafka's queue."""

@@ -113,7 +113,7 @@ WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s A
 RETURNING 1"""
 
 _READ = """\
-SELECT topic, partition, epoch, next_offset, max_offset FROM {schema}.checkpoint
+SELECT topic, partition, epoch, next_offset FROM {schema}.checkpoint
 WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
@@ -133,7 +133,6 @@ class Stand(NamedTuple):
 
     epoch: int
     next_offset: int | None
-    max_offset: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,8 +63,10 @@ FLUSH_SHARE = 0.5
 """Share of a revoke's deadline in which gathered messages are still begun to be written."""
 TAIL_INTERVAL = 30.0
 """Seconds between two moves of a checkpoint over offsets that hold no message."""
-GROW_AFTER = 60.0
-"""Seconds after Postgres cancelled a write until writes grow again: each try may cost the whole statement_timeout."""
+GROW_AFTER = 10
+"""Times as long as a write that Postgres cancelled had taken, until writes grow again: each try may cost as much."""
+MOST_GROW_AFTER = 60.0
+"""Seconds of this at most."""
 CANCELLED_ALONE = 30
 """Times that Postgres may cancel the write of one message alone, before that is a halt."""
 TIMER_SLACK = 0.001
@@ -261,13 +263,14 @@ class Member:
         """Wake whoever waits for writes to end."""
         self._settled.set()
 
-    def cancelled(self, work: Work) -> None:
+    def cancelled(self, work: Work, seconds: float) -> None:
         """Write less at once, for Postgres cancelled a write; raises Halt when it was one message, again and again."""
         messages = sum(len(batch.messages) for batch, _ in work)
-        if not messages:
-            return
-        self.limit = max(1, min(self.limit, messages // 2))
-        self._grow_from = time.monotonic() + GROW_AFTER
+        if messages > 1 and messages // 2 < self.limit:
+            self.limit = messages // 2
+            self._grow_from = time.monotonic() + min(MOST_GROW_AFTER, GROW_AFTER * seconds)
+            extra = {"handler": self.handler.name, "messages": self.limit}
+            log.warning("Postgres cancelled a write: smaller ones for a while", extra=extra)
         if messages == 1:
             ((batch, _),) = (entry for entry in work if entry[0].messages)
             batch.cancelled += 1

@@ -40,8 +40,11 @@ CONNECTION_DEFAULTS: dict[str, str] = {
 }
 """libpq parameters where the DSN says nothing (PostgreSQL documentation, 32.1.2)."""
 
-SESSION_DEFAULTS: dict[str, str] = {"lock_timeout": "10s"}
-"""Settings where `[postgres.settings]` says nothing: a locked table is an outage that can be seen, not a hang."""
+LOCK_TIMEOUT = """\
+SELECT pg_catalog.set_config('lock_timeout', greatest(1, least(10000, nullif(setting::int, 0) / 2))::text, false)
+FROM pg_catalog.pg_settings WHERE name = 'statement_timeout'"""
+"""Where `[postgres.settings]` says nothing: a locked table is an outage that can be seen, not a hang, and not a write
+that took too long."""
 
 SETTINGS_TIMEOUT = 5.0
 """Seconds for what is said on a new connection, before anybody watches over it."""
@@ -63,23 +66,7 @@ _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
 async def connect(config: PostgresConfig, application_name: str) -> AsyncConnection[Any]:
     """Open a connection, secrets read afresh; raises Outage with the server's sentence."""
-    try:
-        dsn = config.dsn if isinstance(config.dsn, str) else config.dsn.read()
-        given = conninfo_to_dict(dsn)
-        if config.password is not None:
-            given["password"] = config.password.read()
-    except ConfigError as error:
-        raise Outage("postgres", str(error)) from error
-    except psycopg.ProgrammingError as error:
-        option = str(error).strip() if str(error).startswith("invalid connection option") else ""
-        sentence = "postgres.dsn is not a connection string that libpq understands"
-        raise Halt("database", f"{sentence}: {option}" if option else sentence) from error
-    parameters: dict[str, Any] = {
-        **CONNECTION_DEFAULTS,
-        **given,
-        "application_name": application_name,
-        "client_encoding": "utf8",
-    }
+    parameters = _parameters(config, application_name)
     try:
         conn = await AsyncConnection.connect("", autocommit=True, prepare_threshold=None, **parameters)
     except psycopg.Error as error:
@@ -91,8 +78,10 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         cursor = await conn.execute("SELECT pg_catalog.pg_backend_pid()")
         if await cursor.fetchone() != (conn.info.backend_pid,):
             pooled.add(conn)
-        for name, value in {**SESSION_DEFAULTS, **config.settings}.items():
+        for name, value in config.settings.items():
             await conn.execute("SELECT set_config(%s, %s, false)", [name, value])
+        if "lock_timeout" not in config.settings:
+            await conn.execute(LOCK_TIMEOUT)
     except psycopg.Error as error:
         await conn.close()
         if error.sqlstate is not None and next_step(error.sqlstate) in {Next.HALT, Next.ISOLATE}:
@@ -104,6 +93,27 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
     finally:
         timer.cancel()
     return conn
+
+
+def _parameters(config: PostgresConfig, application_name: str) -> dict[str, Any]:
+    """Return libpq's parameters, secrets read afresh."""
+    try:
+        dsn = config.dsn if isinstance(config.dsn, str) else config.dsn.read()
+        given = conninfo_to_dict(dsn)
+        if config.password is not None:
+            given["password"] = config.password.read()
+    except ConfigError as error:
+        raise Outage("postgres", str(error)) from error
+    except psycopg.ProgrammingError as error:
+        option = str(error).strip() if str(error).startswith("invalid connection option") else ""
+        sentence = "postgres.dsn is not a connection string that libpq understands"
+        raise Halt("database", f"{sentence}: {option}" if option else sentence) from error
+    return {
+        **CONNECTION_DEFAULTS,
+        **given,
+        "application_name": application_name,
+        "client_encoding": "utf8",
+    }
 
 
 @asynccontextmanager
@@ -213,9 +223,7 @@ def translate(  # noqa: PLR0911 - one for each meaning
         case Next.HALT:
             return Halt("database", f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
         case Next.SMALLER:
-            return Cancelled(
-                "postgres", f"Postgres cancelled a write: {_one_line(error)} (SQLSTATE {state}); fewer rows next"
-            )
+            return Cancelled("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
         case _:
             return Outage("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
 

@@ -249,10 +249,10 @@ class Progress:
         for partition, progress in self.partitions.items():
             messages = max(0, self.high.get(partition, 0) - progress.checkpoint)
             first = oldest.get(partition)
-            if first:
+            if first is not None:  # one without a value is false
                 progress.oldest = first.timestamp()[1]
             since = (progress.oldest or max(progress.last, (progress.behind_since or 0) * 1000)) / 1000
-            seconds = max(0.0, now - since) if (messages or first) and since > 0 else 0.0
+            seconds = max(0.0, now - since) if (messages or first is not None) and since > 0 else 0.0
             lags[partition] = messages, seconds
             labels = (self.handler, partition.topic, str(partition.partition))
             metrics.lag_messages.labels(*labels).set(messages)

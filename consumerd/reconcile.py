@@ -1,7 +1,7 @@
 """Where the checkpoint really is, when that is not where this member takes it to be.
 
 A fenced write, a COMMIT without an answer, a Postgres that went back (a replica promoted, a backup restored): each is
-settled by reading the checkpoint again, never by claiming again.
+settled by reading the checkpoint again; to claim it would fence whoever has claimed it since.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from consumerd.errors import Outage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from consumerd.accumulator import Batch
     from consumerd.checkpoint import Stand
     from consumerd.member import Member
     from consumerd.types import TopicPartition
+    from consumerd.writer import Work
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +53,23 @@ class Reconciler:
             await member.retry(RECONCILE, self._compare)
             member.recovered(RECONCILE)
 
-    async def fenced(self, batch: Batch, lease: Lease) -> None:
-        """Learn why a write of this batch was fenced.
+    async def fenced(self, work: Work) -> None:
+        """Learn why a write was fenced.
 
         Our own commit may have landed though its acknowledgement was lost; Postgres may have gone back; or another
-        member has claimed the partition.
+        member has claimed one of the partitions.
         """
-        member, partition = self._member, batch.partition
-        stand = (await self._read([partition])).get(partition)
-        if not member.holds(batch, lease) or _is_at(stand, lease, lease.next_offset):
-            return  # given up meanwhile; or it was another batch of the same write that was fenced
-        if _is_at(stand, lease, batch.next_offset):
-            member.written([(batch, lease)], 0.0)
-            return
-        metrics.fenced_writes.labels(member.handler.name).inc()
-        await self._return_to(partition, lease, stand)
+        member = self._member
+        stands = await self._read([batch.partition for batch, _ in work])
+        for batch, lease in work:
+            stand = stands.get(batch.partition)
+            if not member.holds(batch, lease) or _is_at(stand, lease, lease.next_offset):
+                continue  # given up meanwhile; or it was another batch of the same write that was fenced
+            if _is_at(stand, lease, batch.next_offset):
+                member.written([(batch, lease)], 0.0)
+                continue
+            metrics.fenced_writes.labels(member.handler.name).inc()
+            await self._return_to(batch.partition, lease, stand)
 
     async def _compare(self) -> None:
         leases = self._member.assignment.leases
@@ -93,26 +95,26 @@ class Reconciler:
         member, assignment = self._member, self._member.assignment
         member.release([partition])
         extra = {"handler": member.handler.name, "partition": str(partition)}
-        if stand is not None and stand.epoch == lease.epoch and stand.next_offset is not None:
-            offset = stand.next_offset
-            if offset < lease.next_offset:
-                sentence = (
-                    "Postgres went back: the checkpoint is at %s, and had been at %s; what is between is repeated"
-                )
-            else:
-                sentence = "a write had landed though its answer was lost: the checkpoint is at %s, and had been at %s"
-            log.warning(sentence, offset, lease.next_offset, extra=extra)
-            again = Lease(epoch=stand.epoch, next_offset=offset, max_offset=max(stand.max_offset or 0, offset))
-            try:
-                await assignment.deliver({partition: again})
-            except Outage:
-                member.release([partition])
-                assignment.claim_later(partition)
-        elif stand is None or stand.epoch < lease.epoch:
-            log.warning("Postgres went back to before this member's claim: claiming again", extra=extra)
-            assignment.claim_later(partition, 0.0)
-        else:
+        if stand is not None and stand.epoch > lease.epoch:
             log.warning("fenced: another member claimed the partition", extra=extra)
+            assignment.claim_later(partition)
+            return
+        if stand is None or stand.epoch < lease.epoch or stand.next_offset is None or stand.next_offset < 0:
+            log.warning("Postgres went back to before this member began: claiming again", extra=extra)
+            assignment.claim_later(partition, 0.0)
+            return
+        offset = stand.next_offset
+        if offset < lease.next_offset:
+            sentence = "Postgres went back: the checkpoint is at %s, and had been at %s; what is between is repeated"
+        else:
+            sentence = "a write had landed though its answer was lost: the checkpoint is at %s, and had been at %s"
+        log.warning(sentence, offset, lease.next_offset, extra=extra)
+        # What was written up to `max_offset` may be in the table still: only the checkpoints may have gone back.
+        again = Lease(epoch=stand.epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
+        try:
+            await assignment.deliver({partition: again})
+        except Outage:
+            member.release([partition])
             assignment.claim_later(partition)
 
 

@@ -91,6 +91,8 @@ class Topics:
         if not names:
             raise Halt("topic", f"no topic matches {', '.join(patterns)}: correct `topics`, or make the topic")
         ids = await self._call(self._ids, names) if self._kafka.admin else {}
+        if self._kafka.admin and len(ids) < len(names):
+            raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers}: brokers do not agree on topics yet")
         return {
             name: Topic(name=name, partitions=there[name], topic_id=ids.get(name), matched=name not in named)
             for name in names
@@ -150,7 +152,7 @@ class Topics:
             with suppress(Outage):
                 return began, await self._call(self._ids, names, CONFIRM_TIMEOUT)
             self._astray = True
-        await self._call(self._admin.list_topics, names[0], CONFIRM_TIMEOUT)
+        await self._call(self._partitions)  # of all: to ask an AdminClient for one topic may make it (seen)
         began = time.monotonic()
         ids = await self._call(self._ids, names, CONFIRM_TIMEOUT)
         self._astray = False

@@ -45,6 +45,8 @@ class Writer:
         """What is being written now."""
         self.writing = False
         """Whether a transaction that writes is open."""
+        self._began = 0.0
+        """When the last try began, monotonic."""
         self._doubt: tuple[TransactionId, Work] | None = None
         """The transaction whose COMMIT was not answered, where no checkpoint tells what became of it."""
 
@@ -92,8 +94,7 @@ class Writer:
             except TableChanged as changed:
                 await self._member.table.follow(mapping, changed)
             except Fenced:
-                for batch, lease in work:
-                    await self._member.reconciler.fenced(batch, lease)
+                await self._member.reconciler.fenced(work)
             except Outage as outage:
                 await self._meet(outage, work)
                 if any(self._member.holds(batch, lease) for batch, lease in work):
@@ -103,7 +104,7 @@ class Writer:
         """Let go of the connection, and do what can be done now: fewer rows next, or what owes no letters."""
         await self.abort()
         if isinstance(outage, Cancelled):
-            self._member.cancelled(work)
+            self._member.cancelled(work, time.monotonic() - self._began)
         elif outage.source == "dead_letter":
             free = [(batch, lease) for batch, lease in work if not batch.owes_letters]
             if len(free) < len(work):
@@ -111,6 +112,7 @@ class Writer:
 
     async def _step(self, work: Work, mapping: Mapping) -> None:
         """Write, or learn which of it is refused: a write of several batches goes again one by one."""
+        self._began = time.monotonic()
         if sum(len(batch.messages) for batch, _ in work) > self._member.limit:
             if len(work) > 1:
                 await self._one_by_one(work)

@@ -93,8 +93,8 @@ MUTANTS: dict[str, tuple[type | ModuleType, str, str, str, str, str]] = {
     "rejects are dropped": (
         Writer, "_dead_letter", "await self._member.letters.send(batch)", "pass", "rebalance", "postgres"),
     "a fenced write counts as written": (
-        Writer, "_until_settled", "await self._member.reconciler.fenced(batch, lease)",
-        "self._member.written([(batch, lease)], 0.0)", "zombies", "postgres"),
+        Writer, "_until_settled", "await self._member.reconciler.fenced(work)",
+        "self._member.written(work, 0.0)", "zombies", "postgres"),
     "a write goes on where it was, not where the checkpoint is": (
         Reconciler, "_return_to", "next_offset=offset,", "next_offset=lease.next_offset,", "back", "postgres"),
     "chunks are gathered in the wrong order": (

@@ -370,9 +370,7 @@ class Database:
             return [(FINGERPRINT,)]
         elif query == checkpoint._READ:
             return [
-                (*key, self.rows[key].epoch, self.rows[key].next_offset, self.rows[key].max_offset)
-                for key in _keys(values)
-                if key in self.rows
+                (*key, self.rows[key].epoch, self.rows[key].next_offset) for key in _keys(values) if key in self.rows
             ]
         elif query == checkpoint._APPEAR:
             first = not self.rows
