@@ -8,6 +8,7 @@ this happens outside the rebalance callbacks, and again from the start after an 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import Counter
 from datetime import datetime
@@ -39,6 +40,8 @@ ADOPT_TIMEOUT = 10.0
 BEYOND_LOOKS = 5
 """Times to look again when an offset is beyond the log's end: what was asked may be older than the checkpoint, or a new
 leader not up to date."""
+LOOK_AGAIN_AFTER = 2.0
+"""Seconds after which a partition that brokers could not tell of is claimed again."""
 RECLAIM_AFTER = 10.0
 """Seconds after which a partition that another member claimed, and that is assigned here still, is claimed again: that
 member was a zombie that had not heard of its loss, and has by then."""
@@ -69,7 +72,13 @@ class Assignment:
         self._promised: dict[TopicPartition, asyncio.Future[None]] = {}
         self._to_claim: asyncio.Queue[TopicPartition] = asyncio.Queue()
         self._claiming = asyncio.Lock()
-        self.assigned: set[TopicPartition] = set()
+        self.assigned: dict[TopicPartition, int] = {}
+        """Each assigned partition, with the number of its assignment: it may go and come back meanwhile."""
+        self._numbers = itertools.count()
+        self._claimed: dict[TopicPartition, int] = {}
+        """In which assignment each partition was claimed last."""
+        self.held_up: dict[TopicPartition, Outage] = {}
+        """Assigned partitions that brokers could not tell of."""
         self.leases: dict[TopicPartition, Lease] = {}
         self._delivered: set[TopicPartition] = set()
         self._beyond: Counter[TopicPartition] = Counter()
@@ -77,12 +86,14 @@ class Assignment:
     def assign(self, partitions: Iterable[TopicPartition]) -> None:
         """Note an assignment; the claim follows."""
         for partition in partitions:
-            self.assigned.add(partition)
+            self.assigned[partition] = next(self._numbers)
             self._to_claim.put_nowait(partition)
 
-    def unassign(self, partitions: Iterable[TopicPartition]) -> None:
+    def unassign(self, partitions: Sequence[TopicPartition]) -> None:
         """Note a revocation or loss; leases stay until they are released."""
-        self.assigned.difference_update(partitions)
+        for partition in partitions:
+            self.assigned.pop(partition, None)
+            self.held_up.pop(partition, None)
 
     def release(self, partition: TopicPartition) -> None:
         """Give a lease up: what is in flight of it no longer counts."""
@@ -103,29 +114,45 @@ class Assignment:
             pass
 
     async def claim(self, wanted: Sequence[TopicPartition], conn: AsyncConnection[Any]) -> dict[TopicPartition, Lease]:
-        """Claim and place partitions; return leases for those that may be delivered now."""
+        """Claim and place partitions; return leases for those that may be delivered now.
+
+        One that brokers cannot tell of (it has no leader) is looked at again later, and holds up none of the others.
+        """
         wanted = [partition for partition in wanted if partition in self.assigned and partition not in self._delivered]
         if not wanted:
             return {}
+        self._claimed |= {partition: self.assigned[partition] for partition in wanted}
         found = await self._thread.found(wanted)
         async with self._claiming:
-            partitions = [partition for partition in wanted if partition in self.assigned]
+            partitions = [partition for partition in wanted if self._is_still(partition)]
             stored = await self._claim(conn, partitions) if partitions else {}
         leases = {}
         for partition, claimed in stored.items():
-            lease = await self._place(conn, partition, claimed, found[partition])
+            self.held_up.pop(partition, None)
+            try:
+                lease = await self._place(conn, partition, claimed, found[partition])
+            except Outage as outage:
+                if outage.source != "kafka":
+                    raise
+                self.held_up[partition] = outage
+                self.claim_later(partition, LOOK_AGAIN_AFTER)
+                continue
             if lease is None:  # a zombie claimed it in between, unless it was revoked
                 self.claim_later(partition)
-            elif partition in self.assigned:
+            elif self._is_still(partition):
                 leases[partition] = lease
         return leases
+
+    def _is_still(self, partition: TopicPartition) -> bool:
+        """Whether a partition has been assigned here without a break since its claim began."""
+        return self.assigned.get(partition) == self._claimed[partition]
 
     async def deliver(self, leases: Mapping[TopicPartition, Lease]) -> None:
         """Lease partitions that are assigned still, and have them delivered from where they go on.
 
         What is revoked while the Kafka thread is waited for, and perhaps assigned again, is claimed anew.
         """
-        leases = {partition: lease for partition, lease in leases.items() if partition in self.assigned}
+        leases = {partition: lease for partition, lease in leases.items() if self._is_still(partition)}
         self.leases.update(leases)
         await self._thread.start_at({partition: lease.next_offset for partition, lease in leases.items()})
         self._delivered.update(p for p, lease in leases.items() if self.leases.get(p) is lease)
@@ -169,6 +196,9 @@ class Assignment:
         self, conn: AsyncConnection[Any], partition: TopicPartition, stored: Stored, found: Found
     ) -> Lease | None:
         """Settle where a claimed partition goes on; None when it is no longer ours."""
+        if found.bounds is None:
+            raise Outage("kafka", f"Kafka: {partition} has no leader")
+        low, high = found.bounds
         topic_id = self._topic_id(partition)
         stamp = decode_stamp(found.metadata)
         decision = self._decide(partition, stored, Committed(found.committed, stamp))
@@ -179,20 +209,9 @@ class Assignment:
             log.warning(decision.note, extra={"handler": self._handler.name, "partition": str(partition)})
         offset = decision.offset
         if offset is None:
-            offset = await self._beginning(partition, decision, found)
-        if offset > found.high and self._seen_beyond(partition) <= BEYOND_LOOKS:
-            raise Outage("kafka", f"{partition}: offset {offset} is beyond the log's end {found.high}: looking again")
-        if not found.low <= offset <= found.high:
-            raise gap(
-                partition,
-                offset,
-                low=found.low,
-                high=found.high,
-                group=self._handler.group_id,
-                bootstrap=self._kafka.bootstrap_servers,
-            )
-        self._beyond.pop(partition, None)
-        if partition not in self.assigned:
+            offset = await self._beginning(partition, decision, low, high)
+        self._require(partition, offset, low, high)
+        if not self._is_still(partition):
             return None
         if decision.kind != "resume" and not await self._checkpoints.place(
             conn, partition, stored.epoch, offset, topic_id
@@ -209,6 +228,21 @@ class Assignment:
             leader_epoch=stored.leader_epoch if decision.kind == "resume" else None,
         )
 
+    def _require(self, partition: TopicPartition, offset: int, low: int, high: int) -> None:
+        """Raise Halt for an offset outside of the log, Outage while what lies beyond its end may be seen yet."""
+        if offset > high and self._seen_beyond(partition) <= BEYOND_LOOKS:
+            raise Outage("kafka", f"{partition}: offset {offset} is beyond the log's end {high}: looking again")
+        if not low <= offset <= high:
+            raise gap(
+                partition,
+                offset,
+                low=low,
+                high=high,
+                group=self._handler.group_id,
+                bootstrap=self._kafka.bootstrap_servers,
+            )
+        self._beyond.pop(partition, None)
+
     def _decide(self, partition: TopicPartition, stored: Stored, committed: Committed) -> Decision:
         group, topic_id = self._handler.group_id, self._topic_id(partition)
         if self._checkpoints.mode == "kafka":
@@ -217,14 +251,14 @@ class Assignment:
         target = self._checkpoints.target
         return decide(partition, stored, committed, store=self._store, group=group, topic_id=topic_id, target=target)
 
-    async def _beginning(self, partition: TopicPartition, decision: Decision, found: Found) -> int:
+    async def _beginning(self, partition: TopicPartition, decision: Decision, low: int, high: int) -> int:
         """Return where a partition without a checkpoint begins."""
         start = self._handler.start
         if decision.late or start == "earliest" or await self._is_late(partition):
-            return found.low
+            return low
         if isinstance(start, datetime):
             return await self._thread.offset_at(partition, int(start.timestamp() * 1000))
-        return found.high
+        return high
 
     async def _is_late(self, partition: TopicPartition) -> bool:
         """Whether a partition appeared after the group had first seen its topic; checkpoints know it themselves."""

@@ -41,10 +41,9 @@ MAX_QUEUE_MESSAGES = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a broker says of a partition: its log's bounds, and the group's committed offset (None: none)."""
+    """What brokers say of a partition: its log's bounds (None: it has no leader), and the group's committed offset."""
 
-    low: int
-    high: int
+    bounds: tuple[int, int] | None
     committed: int | None
     metadata: str | None
 
@@ -112,19 +111,26 @@ def consumer_config(kafka: KafkaConfig, group_id: str, memory: int) -> dict[str,
 
 def find(consumer: ck.Consumer, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
     """Return the bounds and the committed offsets of partitions; raises Outage."""
-    committed = consumer.committed(positions(partitions), timeout=CALL_TIMEOUT)
+    leaders = {topic: _leaders(consumer, topic) for topic in {partition.topic for partition in partitions}}
     found = {}
-    for entry in committed:
+    for entry in consumer.committed(positions(partitions), timeout=CALL_TIMEOUT):
+        partition = TopicPartition(entry.topic, entry.partition)
         if entry.error:
-            raise Outage("kafka", f"Kafka: committed offset of {entry.topic}:{entry.partition}: {entry.error}")
-        bounds = consumer.get_watermark_offsets(ck.TopicPartition(entry.topic, entry.partition), timeout=CALL_TIMEOUT)
-        if bounds is None:
-            raise Outage("kafka", f"Kafka: no answer for the offsets of {entry.topic}:{entry.partition}")
+            raise Outage("kafka", f"Kafka: committed offset of {partition}: {entry.error}")
+        bounds = None
+        if partition.partition in leaders[partition.topic]:
+            bounds = consumer.get_watermark_offsets(ck.TopicPartition(*partition), timeout=CALL_TIMEOUT)
+            if bounds is None:
+                raise Outage("kafka", f"Kafka: no answer for the offsets of {partition}")
         offset = entry.offset if entry.offset >= 0 else None
-        found[TopicPartition(entry.topic, entry.partition)] = Found(
-            low=bounds[0], high=bounds[1], committed=offset, metadata=entry.metadata
-        )
+        found[partition] = Found(bounds=bounds, committed=offset, metadata=entry.metadata)
     return found
+
+
+def _leaders(consumer: ck.Consumer, topic: str) -> set[int]:
+    """Return the partitions of a topic that have a leader: what has none answers nothing, and takes its time."""
+    partitions = consumer.list_topics(topic, timeout=CALL_TIMEOUT).topics[topic].partitions
+    return {number for number, partition in partitions.items() if partition.leader >= 0}
 
 
 def offset_at(consumer: ck.Consumer, partition: TopicPartition, timestamp_ms: int) -> int:

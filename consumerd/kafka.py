@@ -79,6 +79,8 @@ NO_TOPIC = "consumerd:rejoin"
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
+FIND_PARTITIONS = 20
+"""Partitions to ask brokers about at a time: each is a question of its own, and in between the thread polls."""
 STATISTICS_INTERVAL_MS = 2000
 """Milliseconds between two looks at librdkafka's statistics, where nothing else tells of an empty assignment."""
 
@@ -165,8 +167,11 @@ class ConsumerThread(threading.Thread):
 
     async def found(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
         """Ask the brokers for the bounds and the committed offsets of partitions; raises Outage."""
-        found = await self._ask(lambda consumer: brokers.find(consumer, partitions))
-        self._listener.watermarks({partition: bounds.high for partition, bounds in found.items()})
+        found: dict[TopicPartition, Found] = {}
+        for first in range(0, len(partitions), FIND_PARTITIONS):
+            some = partitions[first : first + FIND_PARTITIONS]
+            found |= await self._ask(lambda consumer, some=some: brokers.find(consumer, some))  # type: ignore[misc]
+        self._listener.watermarks({partition: it.bounds[1] for partition, it in found.items() if it.bounds})
         return found
 
     async def offset_at(self, partition: TopicPartition, timestamp_ms: int) -> int:

@@ -32,7 +32,7 @@ from consumerd.kafka import ConsumerThread
 from consumerd.live_table import LiveTable
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
-from consumerd.topics import Topics
+from consumerd.topics import Topics, missing
 from consumerd.watch import Watch
 from consumerd.writer import Writer
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEMBER, CONSUMER, GROUP, WATCH = "member", "consumer", "group", "watch"
+MEMBER, CLAIM, CONSUMER, GROUP, WATCH = "member", "claim", "consumer", "group", "watch"
 """Who meets outages, beside the writers."""
 JOIN_VISIBLE_AFTER = 5.0
 """Seconds after which a handler that is not in its group yet says so."""
@@ -120,7 +120,7 @@ class Member:
                 await self.retry(MEMBER, self._start)
                 tasks.create_task(self._claim_forever(), name=f"{name}: claim")
                 tasks.create_task(self._fail(), name=f"{name}: failure")
-                tasks.create_task(self._topics.watch(self._found), name=f"{name}: topics")
+                tasks.create_task(self._watch_topics(), name=f"{name}: topics")
                 tasks.create_task(self.reconciler.run(), name=f"{name}: reconcile")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
@@ -195,6 +195,12 @@ class Member:
         while True:
             await self.retry(MEMBER, self._claim, await self.assignment.next_to_claim())
 
+    async def _watch_topics(self) -> None:
+        """Halt when a topic is gone, once what was gathered of it is written: that is nowhere else any more."""
+        if gone := await self._topics.watch(self._found):
+            await self._flush([lease for lease in self.assignment.leases if lease.topic in gone], "drain", None)
+            raise missing(gone, self._found)
+
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""
         await self._failure
@@ -259,7 +265,7 @@ class Member:
         """Whether a batch of a partition is being written."""
         return self._batches.is_out(partition)
 
-    def wake(self) -> None:
+    def settled(self) -> None:
         """Wake whoever waits for writes to end."""
         self._settled.set()
 
@@ -396,15 +402,20 @@ class Member:
             self._batches.close(partitions)
             await self._settle(partitions, deadline)
         self.release(partitions)
+        self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), revoked=partitions)
 
     def lost(self, partitions: list[TopicPartition]) -> None:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
         self.assignment.unassign(partitions)
         self.release(partitions)
+        self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
         if self.progress.state != "halted":
-            sentence = f"group {self.handler.group_id} has let this member go: its heartbeats did not arrive in time"
+            sentence = (
+                f"group {self.handler.group_id} has let this member go: its heartbeats did not come in time, or it "
+                f"did not poll"
+            )
             self.progress.outage("kafka", sentence, GROUP)
 
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
@@ -465,9 +476,14 @@ class Member:
 
         task = asyncio.create_task(halt_behind_it(), name=f"{self.handler.name}: gap")
         self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        task.add_done_callback(self._ended)
 
-    def failed(self, error: ConsumerdError) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._endings.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failed(error)
+
+    def failed(self, error: BaseException) -> None:
         """Halt, by the task that waits for it."""
         if not self._failure.done():
             self._failure.set_exception(error)
@@ -487,6 +503,15 @@ class Member:
             await self.assignment.deliver(leases)
         self.recovered(MEMBER)
         self.progress.joined()
+        self._tell_held_up()
+
+    def _tell_held_up(self) -> None:
+        """Show what keeps assigned partitions from being read."""
+        if held_up := self.assignment.held_up:
+            outage = next(iter(held_up.values()))
+            self.progress.outage(outage.source, str(outage), CLAIM)
+        else:
+            self.recovered(CLAIM)
 
     def release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""

@@ -40,6 +40,18 @@ FRESH = 0.1
 CONFIRM_TIMEOUT = 1.0
 """Seconds for such a look: a write waits for it."""
 
+PASSING = {
+    KafkaError.REQUEST_TIMED_OUT,
+    KafkaError.BROKER_NOT_AVAILABLE,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.NETWORK_EXCEPTION,
+    KafkaError.NOT_CONTROLLER,
+    KafkaError.KAFKA_STORAGE_ERROR,
+    KafkaError.THROTTLING_QUOTA_EXCEEDED,
+}
+"""What brokers answer that cannot do it now (Kafka's table of error codes); `KafkaError.retriable()` is True for none.
+"""
 LETTER_HEADROOM = 64 * 1024
 """Bytes by which a letter may be larger than its message: the headers that say why."""
 
@@ -98,8 +110,8 @@ class Topics:
             for name in names
         }
 
-    async def watch(self, topics: Mapping[str, Topic]) -> None:
-        """Look now and then whether topics are still the same ones; raises Halt when one is gone, or was made again."""
+    async def watch(self, topics: Mapping[str, Topic]) -> list[str]:
+        """Look now and then whether topics are the same ones; return those that are gone, raises Halt for another."""
         while self._kafka.admin:
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
@@ -109,11 +121,8 @@ class Topics:
                 self._missing.clear()
             gone = [name for name, since in self._missing.items() if now - since >= MISSED_AFTER]
             if gone:
-                raise Halt(
-                    "topic",
-                    f"topic {', '.join(gone)} is gone from the broker: make it again, or take it out of `topics`; "
-                    f"then restart",
-                )
+                return gone
+        return []
 
     async def confirm(self, topics: Mapping[str, Topic], arrived: float) -> None:
         """Make sure, for messages that arrived at a (monotonic) time, that they are of the topics that were found.
@@ -193,7 +202,7 @@ class Topics:
         except KafkaException as exception:
             error = exception.args[0]
             sentence = f"Kafka at {self._kafka.bootstrap_servers}: {error.str()}"
-            if error.retriable() or error.code() < 0:  # librdkafka's own codes: no answer came from a broker
+            if error.code() in PASSING or error.code() < 0:  # librdkafka's own codes: no answer came from a broker
                 raise Outage("kafka", sentence) from exception
             raise Halt("kafka", f"{sentence}; grant it to this principal or correct the configuration") from exception
 
@@ -230,6 +239,15 @@ class Topics:
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
+
+
+def missing(gone: list[str], topics: Mapping[str, Topic]) -> Halt:
+    """Return the halt for topics that are gone, with the way on."""
+    if all(topics[name].matched for name in gone):
+        way = "restart to go on without it"
+    else:
+        way = "make it again and set `group_id` to a new name, or take it out of `topics`; then restart"
+    return Halt("topic", f"topic {', '.join(gone)} is gone from the brokers: {way}")
 
 
 def _check(topic: str, settings: Mapping[str, str], largest: int, bootstrap: str) -> None:

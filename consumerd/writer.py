@@ -162,7 +162,7 @@ class Writer:
             raise
         finally:
             self.writing = False
-            member.wake()
+            member.settled()
         member.written(work, time.monotonic() - started)
         member.recovered(self._name, "postgres", "dead_letter")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import confluent_kafka as ck
@@ -143,6 +144,7 @@ class Broker:
         """Take a member for dead: others get its partitions at once, and it learns of that later."""
         if thread in self.members:
             self.members.remove(thread)
+            thread.expelled = True
             thread.events.clear()
             for partition, owner in self.owner.items():
                 if owner is thread:
@@ -248,6 +250,11 @@ class Consumer:
         there = {partition: self._broker.committed.get(partition, (-1001, "")) for partition in _ours(partitions)}
         return [ck.TopicPartition(*partition, *committed) for partition, committed in there.items()]
 
+    def list_topics(self, topic: str, **_: object) -> SimpleNamespace:
+        """Return a leader for each partition."""
+        partitions = {partition.partition: SimpleNamespace(leader=1) for partition in self._broker.partitions}
+        return SimpleNamespace(topics={topic: SimpleNamespace(partitions=partitions)})
+
     def get_watermark_offsets(self, partition: ck.TopicPartition, **_: object) -> tuple[int, int]:
         """Return where a log begins and ends."""
         return 0, self._broker.high[_ours([partition])[0]]
@@ -267,6 +274,8 @@ class Thread(ConsumerThread):
         self.world = self.process.world
         self.commits = _Commits(self._tell, self.wake)
         self.events: list[Event] = []
+        self.expelled = False
+        """The group has let it go, and it has not heard."""
         self._kafka: Any = Consumer(self.world.broker, self)
         self._told_in_order: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._step_at: asyncio.TimerHandle | None = None
@@ -371,6 +380,7 @@ class Thread(ConsumerThread):
         elif what == "revoke":
             self._revoke([partition for partition in partitions if partition in self._owned], self.wake)
         else:
+            self.expelled = False
             if self._owned:
                 self._on_lost(self._kafka, _theirs(sorted(self._owned)))
             self.send(self.world.broker.join, self)

@@ -198,8 +198,11 @@ class World:
         """Stop all processes, and look once more."""
         self.log("stop")
         alive = self._alive()
+        unaware = {process for process in alive if process.thread is not None and process.thread.expelled}
         drained = await asyncio.gather(*(process.drain() for process in alive))
         for process, done in zip(alive, drained, strict=True):
+            if process in unaware:
+                continue  # what is another's by now cannot be drained
             if not done or process.member.progress.state not in {"stopped", "starting", "waiting"}:
                 self.fail(f"{process.name} did not drain: {process.member.progress.state}")
             if process.member.memory():
@@ -366,6 +369,9 @@ class World:
     def on_revoked(self, process: Process, partitions: Sequence[TopicPartition], *, in_time: bool) -> None:
         """Note that partitions were given back: nothing of them is committed from now on."""
         self.log("given back", process.name, [p.partition for p in partitions], "in time" if in_time else "late")
+        for writer in process.member._writers:
+            for batch, _ in writer._doubt[1] if writer._doubt else ():  # its outcome stays unknown
+                self.hit(batch.partition)
         for partition in partitions:
             self.hits[partition] += not in_time  # what was in flight was cut off, its outcome unknown
         if in_time:
