@@ -40,6 +40,15 @@ class Bounds:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
+class Judged:
+    """What the breaker has counted of one batch, and when; zeros once it counts no more."""
+
+    at: float
+    messages: int
+    refused: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
     """Consecutive messages of one partition, kept raw until they are checkpointed.
 
@@ -64,8 +73,8 @@ class Batch:
     """Those whose letter was sent and not acknowledged yet."""
     letter_error: KafkaError | None = None
     """Why one of its letters was not taken."""
-    judged: int | None = None
-    """How many of `refused` the breaker has counted; None: it has not seen this batch."""
+    judged: Judged | None = None
+    """What the breaker has counted of it; None: it has not seen this batch."""
     fruitless: int = 0
     """Times that the database refused the batch and then none of its rows."""
     cancelled: int = 0
@@ -101,10 +110,7 @@ class Batch:
             arrived=self.arrived,
             refused={position - count: why for position, why in self.refused.items() if position >= count},
             lettered={position - count for position in self.lettered if position >= count},
-            judged=None if self.judged is None else sum(position >= count for position in self.refused),
         )
-        if self.judged is not None and rest.judged is not None:
-            self.judged -= rest.judged
         self.next_offset = rest.first_offset
         del self.messages[count:]
         self.size -= rest.size

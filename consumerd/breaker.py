@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from consumerd.accumulator import Judged
 from consumerd.errors import Halt
 
 if TYPE_CHECKING:
@@ -22,35 +23,36 @@ class Breaker:
 
     def __init__(self, config: PoisonConfig) -> None:
         self._config = config
-        self._seen: deque[tuple[float, int, int]] = deque()
+        self._seen: deque[Judged] = deque()
         self._messages = 0
         self._refused = 0
 
     def lacks(self, batch: Batch) -> int:
-        """Return how many messages of a batch that was judged it takes, beside the others seen, to judge."""
-        return max(0, self._config.min_messages - self._messages + len(batch.messages))
+        """Return how many messages of a batch it takes, beside the others seen, to judge."""
+        others = self._messages - (batch.judged.messages if batch.judged else 0)
+        return max(0, self._config.min_messages - others)
 
-    def take_back(self, rest: Batch, now: float) -> None:
-        """Count what was cut off a batch that was judged as not seen yet: it is judged as a batch of its own."""
-        if rest.judged is not None:
-            self._count(now, -len(rest.messages), -rest.judged)
-            rest.judged = None
+    def take_back(self, batch: Batch) -> None:
+        """Count a batch as not seen yet: a part of it was cut off, and is judged as a batch of its own."""
+        if batch.judged is not None:
+            self._forget(batch.judged)
+            batch.judged = None
 
     def judge(self, batch: Batch, now: float) -> None:
-        """Count a batch, or what was refused of it since it was judged last; raises Halt over the limit."""
-        messages = 0 if batch.judged is not None else len(batch.messages)
-        refused = len(batch.refused) - (batch.judged or 0)
-        batch.judged = len(batch.refused)
-        if not messages and not refused:
-            return
-        self._count(now, messages, refused)
-        while self._seen and self._seen[0][0] < now - self._config.window:
-            _, messages, refused = self._seen[0]
-            if self._messages - messages < self._config.min_messages:
+        """Count a batch as it is now, once however often it is judged; raises Halt over the limit."""
+        messages, refused = len(batch.messages), len(batch.refused)
+        if batch.judged is not None:
+            if (batch.judged.messages, batch.judged.refused) == (messages, refused):
+                return
+            self._forget(batch.judged)
+        batch.judged = Judged(at=now, messages=messages, refused=refused)
+        self._seen.append(batch.judged)
+        self._messages += messages
+        self._refused += refused
+        while self._seen and self._seen[0].at < now - self._config.window:
+            if self._messages - self._seen[0].messages < self._config.min_messages:
                 break
-            self._seen.popleft()
-            self._messages -= messages
-            self._refused -= refused
+            self._forget(self._seen.popleft())
         if self._messages >= self._config.min_messages and self._refused > self._config.max_ratio * self._messages:
             raise Halt(
                 "breaker",
@@ -59,10 +61,10 @@ class Breaker:
                 f"`max_ratio` under [poison] in the handler's file, then restart",
             )
 
-    def _count(self, now: float, messages: int, refused: int) -> None:
-        self._seen.append((now, messages, refused))
-        self._messages += messages
-        self._refused += refused
+    def _forget(self, judged: Judged) -> None:
+        self._messages -= judged.messages
+        self._refused -= judged.refused
+        judged.messages = judged.refused = 0
 
     @staticmethod
     def _of(batch: Batch) -> str:

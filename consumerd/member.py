@@ -289,7 +289,8 @@ class Member:
 
     def split(self, batch: Batch, count: int) -> None:
         """Keep the first messages of a batch that is being written; the others are written next, and judged then."""
-        self.breaker.take_back(self._batches.split(batch, count), time.monotonic())
+        self._batches.split(batch, count)
+        self.breaker.take_back(batch)
         self._wake.set()
 
     def committed(self, work: Work) -> bool:

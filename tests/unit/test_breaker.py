@@ -124,8 +124,25 @@ def test_a_batch_that_is_split() -> None:
     breaker.judge(whole, 0.0)
     assert breaker.lacks(whole) == 100
     rest = whole.cut(100)
-    breaker.take_back(rest, 0.0)
-    assert rest.judged is None
+    breaker.take_back(whole)
+    breaker.judge(whole, 0.0)
     whole.refused = refusals(11)
     with pytest.raises(Halt, match="11 of the last 100"):
         breaker.judge(whole, 0.0)
+    breaker.judge(rest, 0.0)  # among 1,000 they are few
+
+
+def test_a_batch_that_outlives_the_window() -> None:
+    """A batch that is tried for longer than the window, and cut then, is counted as what it is, and no more."""
+    breaker = Breaker(CONFIG)
+    stuck = batch(200, 2)
+    breaker.judge(stuck, 0.0)
+    for second in range(1, 200):
+        breaker.judge(batch(100, 0), float(second))
+    stuck.cut(1)
+    breaker.take_back(stuck)
+    breaker.judge(stuck, 200.0)
+    for second in range(201, 400):
+        breaker.judge(batch(100, 9), float(second))
+    with pytest.raises(Halt, match="640 of the last 6100"):
+        breaker.judge(batch(100, 100), 400.0)
