@@ -33,8 +33,8 @@ rest for keys and headers."""
 POLL_INTERVAL_MS = 60_000
 """Milliseconds that a group waits in a rebalance for a member that does not answer, unless its session is longer: this
 is what librdkafka sends as its rebalance timeout. The default of five minutes is for consumers that work between two
-polls; the thread here polls every few seconds whatever the database does. After a broker's crash a group waited in vain
-for all of it (seen, once in some hundred crashes)."""
+polls; the thread here polls every few seconds, whatever the database does and however many partitions there are. After
+a broker's crash a group waited in vain for all of it (seen, once in some hundred crashes)."""
 MAX_QUEUE_MESSAGES = 20_000
 """Messages to fetch ahead: 25 ms at the highest rate."""
 

@@ -187,7 +187,8 @@ class Member:
         if self.progress.state == "starting" and not self.assignment.assigned:
             sentence = (
                 f"group {self.handler.group_id} has not let this member in yet: a member that died is in it until its "
-                f"session times out (session.timeout.ms, 45 s by default)"
+                f"session times out (session.timeout.ms, 45 s by default), and a rebalance waits for members that do "
+                f"not answer (max.poll.interval.ms, a minute by default)"
             )
             self.progress.outage("kafka", sentence, GROUP)
 

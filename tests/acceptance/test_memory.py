@@ -32,7 +32,7 @@ TOLERANCE = 1.2
 PARTITIONS = 64
 TIMEOUT = 60
 POLL_INTERVAL = 6.0
-"""Seconds after which a member that does not poll leaves its group (`max.poll.interval.ms`, 5 minutes by default)."""
+"""Seconds after which a member that does not poll leaves its group (`max.poll.interval.ms`)."""
 CONFIG = {
     "daemon": {"max_buffered": f"{BOUND}MiB"},
     "kafka": {"properties": {"max.poll.interval.ms": int(POLL_INTERVAL * 1000)}},

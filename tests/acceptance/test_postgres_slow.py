@@ -13,12 +13,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from tests.acceptance.events import MakeEvents
 from tests.acceptance.outage import RECOVERED_WITHIN, SEEN_WITHIN, MakeScene, Scene, tell
 from tests.acceptance.stream import slow_commits
 from tests.servers.postgres import SYSTEM_USER, PostgresServer
 from tests.servers.process import wait_until
 from tests.servers.proxy import Proxy
-from tests.servers.sql import execute
+from tests.servers.sql import blocked, execute, locked
 
 NOT_DRAINED = 75
 DISK = 4 * 1024 * 1024
@@ -103,6 +104,36 @@ def test_writes_longer_than_statement_timeout_become_smaller(scene: MakeScene, b
         events.waits("57014")
         events.recovers(60)
         turn(breakable_database, slow=False)
+        events.check()
+
+
+def test_one_cancelled_message_slows_nothing_down(events: MakeEvents, breakable_database: str) -> None:
+    """Rule 27: a write of one message that was cancelled by hand says nothing of those that come after it."""
+    made = events(breakable_database, 1)
+    run = made.start()
+    made.stream.produce(1)  # poison: no write
+    made.catches_up()
+    with locked(breakable_database, "events"):
+        made.stream.produce(1)
+        wait_until(lambda: blocked(breakable_database), 20, "a write that waits")
+        execute(
+            breakable_database,
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'consumerd/events'",
+        )
+        wait_until(lambda: "57014" in run.logs(), 20, "the cancelled write")
+    made.stream.produce(20_000)
+    made.catches_up(20)
+    assert run.stop() == 0
+    made.stream.check(breakable_database)
+
+
+def test_a_lock_is_no_long_statement(scene: MakeScene, breakable_database: str) -> None:
+    """P4: a table locked for longer than `statement_timeout` is waited for as a lock, and cancels no write."""
+    with scene(breakable_database, {"postgres": {"settings": {"statement_timeout": "1s"}}}) as events:
+        with locked(breakable_database, "events"):
+            events.waits("55P03")
+        events.recovers()
+        assert "57014" not in events.run.logs()
         events.check()
 
 

@@ -23,11 +23,11 @@ _names = (f"handler-{number}" for number in itertools.count())
 class Fake:
     """A message with offset and time."""
 
-    def __init__(self, offset: int, milliseconds: int) -> None:
-        self._offset, self._milliseconds = offset, milliseconds
+    def __init__(self, offset: int, milliseconds: int, length: int = 1) -> None:
+        self._offset, self._milliseconds, self._length = offset, milliseconds, length
 
     def __len__(self) -> int:
-        return 1
+        return self._length
 
     def key(self) -> bytes | None:
         """Give none."""
@@ -285,6 +285,7 @@ def test_rate(it: Progress, clock: Clock) -> None:
         (0, None, None, (0, 0.0)),
         (10, 10, None, (0, 0.0)),
         (10, 15, Fake(10, int((NOW - 30) * 1000)), (5, 30.0)),
+        (10, 15, Fake(10, int((NOW - 30) * 1000), 0), (5, 30.0)),
         (10, 15, None, (5, 0.0)),
         (20, 15, None, (0, 0.0)),
         (10, 15, Fake(10, int((NOW + 30) * 1000)), (5, 0.0)),
