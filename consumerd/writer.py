@@ -170,7 +170,7 @@ class Writer:
         """Ask what became of a COMMIT that was not answered; raises Outage while the server does not know."""
         conn = await self._connection(self._member.table.mapping)
         if await postgres.was_committed(conn, transaction):
-            self._member.written(work, 0.0)
+            self._member.written([(batch, lease) for batch, lease in work if self._member.holds(batch, lease)], 0.0)
         self._doubt = None
 
     async def _advance(self, conn: AsyncConnection[Any], work: Work, mapping: Mapping) -> None:
