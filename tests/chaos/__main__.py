@@ -57,6 +57,8 @@ def _run(plan: Plan, numbers: list[int], folder: Path, results_file: Path) -> No
             print(f"segment {number}: {'passed' if result['passed'] else 'FAILED'} {result['counts']}", flush=True)
             if result["passed"]:
                 shutil.rmtree(logs, ignore_errors=True)
+            else:
+                shutil.copy(world.kafka.log, logs)
     finally:
         world.close()
         shutil.rmtree(servers, ignore_errors=True)

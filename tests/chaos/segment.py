@@ -141,15 +141,24 @@ class _Looking:
 
 
 def _catch_up(stage: Stage, ends: dict[int, int]) -> None:
-    """Wait until both handlers' checkpoints stand at the logs' ends, as long as any of them moves."""
+    """Wait until both handlers' checkpoints stand at the logs' ends, as long as any of them moves.
+
+    A broker that lets nobody at all into a group after its crashes (seen) is restarted, once, and that is told.
+    """
     before: list[dict[int, int]] = []
     moved = time.monotonic()
+    restarted = False
     while True:
         now = [stage.checkpoints(handler) for handler in stage.variant.handlers]
         if all(checkpoints == ends for checkpoints in now):
             return
         if now != before:
             before, moved = now, time.monotonic()
+        elif time.monotonic() - moved > STANDSTILL and not restarted and not stage.lets_in():
+            print("  the broker lets nobody into a new group: it is restarted", flush=True)
+            stage.world.kafka.stop()
+            stage.world.kafka.start()
+            moved, restarted = time.monotonic(), True
         elif time.monotonic() - moved > STANDSTILL:
             stage.fleet.problems.append(f"checkpoints stand still at {now}, the logs end at {ends}")
             return

@@ -1,11 +1,12 @@
 """One segment while it runs: its topic, database, daemons and producer, and the locks that keep faults apart."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from tests.acceptance.stream import SLOW_COMMIT
 from tests.chaos.fleet import SLOTS, Fleet
@@ -19,7 +20,9 @@ from tests.servers.process import wait_until
 LOCKS = (*(f"daemon {n}" for n in range(SLOTS)), "kafka", "kafka proxy", "postgres", "postgres proxy")
 """Taken in this order, so that no two faults wait for each other."""
 TOPIC_TIMEOUT = 60.0
-RESET_TIMEOUT = 60.0
+RESET_TIMEOUT = 180.0
+JOIN_TIMEOUT = 30.0
+POLL = 0.2
 BACKENDS_TIMEOUT = 60.0
 QUESTION_TIMEOUT = 10.0
 
@@ -131,9 +134,29 @@ class Stage:
     def committed(self, handler: str) -> dict[int, TopicPartition]:
         """Return what Kafka has committed for a handler's group; offset below 0: nothing."""
         consumer = self.consumer(group(self.topic, handler))
+        asked = [TopicPartition(self.topic, part) for part in range(self.producer.partitions)]
+        found: list[TopicPartition] = []
+
+        def answered() -> bool:
+            with suppress(KafkaException):  # after a crash a broker may be no coordinator for minutes (seen)
+                found[:] = consumer.committed(asked, timeout=QUESTION_TIMEOUT)
+            return bool(found)
+
         try:
-            asked = [TopicPartition(self.topic, part) for part in range(self.producer.partitions)]
-            return {found.partition: found for found in consumer.committed(asked, timeout=QUESTION_TIMEOUT)}
+            wait_until(answered, RESET_TIMEOUT, "the group's offsets")
+        finally:
+            consumer.close()
+        return {entry.partition: entry for entry in found}
+
+    def lets_in(self) -> bool:
+        """Whether the broker lets a member into a new group, which has nothing to do with the daemon."""
+        consumer = self.consumer(f"{self.topic}.probe")
+        consumer.subscribe([self.topic])
+        until = time.monotonic() + JOIN_TIMEOUT
+        try:
+            while not consumer.assignment() and time.monotonic() < until:
+                consumer.poll(POLL)
+            return bool(consumer.assignment())
         finally:
             consumer.close()
 
