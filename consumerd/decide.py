@@ -101,7 +101,7 @@ def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that i
         raise Halt(
             "checkpoint",
             f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` "
-            f"to a new name to start over, or `table.name` back",
+            f"to a new name to start over (it reads the topic again), or `table.name` back",
         )
     if stamp is not None and (stamp.store != store or stamp.group != group):
         raise Halt(
@@ -119,8 +119,8 @@ def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that i
         raise Halt(
             "checkpoint",
             f"group {group} committed {partition} up to {offset} from a checkpoint that this database does not "
-            f"have: it was restored or emptied; restore {target} and its checkpoint together, or set `group_id` to a "
-            f"new name",
+            f"have: it was restored or emptied; restore {target} and its checkpoint together; or empty {target} "
+            f"and set `group_id` to a new name, which reads the topic again",
         )
     here = stored.next_offset
     if offset is None:

@@ -32,7 +32,7 @@ from consumerd.kafka import ConsumerThread
 from consumerd.live_table import LiveTable
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
-from consumerd.topics import Topics, missing
+from consumerd.topics import Topics
 from consumerd.watch import Watch
 from consumerd.writer import Writer
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MEMBER, CLAIM, CONSUMER, GROUP, WATCH = "member", "claim", "consumer", "group", "watch"
+MEMBER, CLAIM, CONSUMER, GROUP, TOPICS, WATCH = "member", "claim", "consumer", "group", "topics", "watch"
 """Who meets outages, beside the writers."""
 JOIN_VISIBLE_AFTER = 5.0
 """Seconds after which a handler that is not in its group yet says so."""
@@ -198,9 +198,12 @@ class Member:
 
     async def _watch_topics(self) -> None:
         """Halt when a topic is gone, once what was gathered of it is written: that is nowhere else any more."""
-        if gone := await self._topics.watch(self._found):
-            await self._flush([lease for lease in self.assignment.leases if lease.topic in gone], "drain", None)
-            raise missing(gone, self._found)
+        halt = await self._topics.watch(self._found)
+        if halt is not None:
+            self.progress.outage("kafka", f"{halt}; before that what was gathered of it is written", TOPICS)
+            gone = [partition for partition in self.assignment.leases if partition.topic in halt.topics]
+            await self._flush(gone, "drain", None)
+            raise halt
 
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""

@@ -61,6 +61,9 @@ busy_since: WeakKeyDictionary[AsyncConnection[Any], float] = WeakKeyDictionary()
 pooled: WeakSet[AsyncConnection[Any]] = WeakSet()
 """Connections that a pooler shares out: the server knows them by another number than we do."""
 
+OWN_WORDS = {"57014", "55P03", "40P01"}
+"""SQLSTATEs whose message is the server's own and holds no value, wherever it is raised."""
+
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
 
@@ -213,15 +216,19 @@ def translate(  # noqa: PLR0911 - one for each meaning
             return Outage("postgres", f"the connection to Postgres was lost: {_one_line(error)}")
         return Halt("bug", f"psycopg: {_one_line(error)}")
     step = next_step(state)
-    if state == "23514" and error.diag.constraint_name is None:
-        step = Next.HALT  # no partition of the table takes the row: a partition is missing, not the row wrong
+    if state == "23514" and error.diag.constraint_name is None and error.diag.table_name:
+        # A partition is missing, the row is not wrong. A trigger that raises the same names no table.
+        name = f"{error.diag.schema_name}.{error.diag.table_name}"
+        return Halt("table", f"no partition of {name} takes a row of this write: attach one (a default one takes all)")
+    if state == "42501":
+        return Halt("table", f"Postgres: {_one_line(error)} (SQLSTATE {state}): grant it to role {conn.info.user}")
     match step:
         case Next.ISOLATE:
             return Rejected(_refusal(error, state), _row(error))
         case Next.RELOAD:
             return TableChanged(f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
         case Next.HALT:
-            return Halt("database", f"Postgres refused the write: {_one_line(error)} (SQLSTATE {state})")
+            return Halt("database", f"Postgres refuses: {_one_line(error)} (SQLSTATE {state}): mend its cause there")
         case Next.SMALLER:
             return Cancelled("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
         case _:
@@ -257,7 +264,7 @@ def _one_line(error: psycopg.Error) -> str:
 
     A context says that a row was being read, or that a function of the database's own raised the error.
     """
-    if error.diag.context:
+    if error.diag.context and error.sqlstate not in OWN_WORDS:
         return type(error).__name__
     return error.diag.message_primary or " ".join(str(error).split())
 

@@ -67,6 +67,14 @@ class Topic:
     """It was found by a pattern, not named."""
 
 
+class TopicGone(Halt):
+    """Topics are not there any more, or are others of the same name."""
+
+    def __init__(self, topics: list[str], message: str) -> None:
+        super().__init__("topic", message)
+        self.topics = topics
+
+
 class Topics:
     """Admin calls with one client."""
 
@@ -110,8 +118,8 @@ class Topics:
             for name in names
         }
 
-    async def watch(self, topics: Mapping[str, Topic]) -> list[str]:
-        """Look now and then whether topics are the same ones; return those that are gone, raises Halt for another."""
+    async def watch(self, topics: Mapping[str, Topic]) -> TopicGone | None:
+        """Look now and then whether topics are the same ones; return the halt for one that is gone, or another."""
         while self._kafka.admin:
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
@@ -119,10 +127,12 @@ class Topics:
                 await self.confirm(topics, now)
             except Outage:  # the consumer meets the same, and tells
                 self._missing.clear()
+            except TopicGone as halt:
+                return halt
             gone = [name for name, since in self._missing.items() if now - since >= MISSED_AFTER]
             if gone:
-                return gone
-        return []
+                return missing(gone, topics)
+        return None
 
     async def confirm(self, topics: Mapping[str, Topic], arrived: float) -> None:
         """Make sure, for messages that arrived at a (monotonic) time, that they are of the topics that were found.
@@ -140,8 +150,8 @@ class Topics:
             began, ids = await self._look(list(topics))
             for name, topic in topics.items():
                 if topic.topic_id is not None and ids.get(name, topic.topic_id) != topic.topic_id:
-                    raise Halt(
-                        "topic",
+                    raise TopicGone(
+                        [name],
                         f"topic {name} was deleted and made again: its offsets mean other messages than the "
                         f"checkpoint; nothing of the new topic was written; set `group_id` to a new name to read it "
                         f"from its start",
@@ -241,13 +251,13 @@ class Topics:
                 raise
 
 
-def missing(gone: list[str], topics: Mapping[str, Topic]) -> Halt:
+def missing(gone: list[str], topics: Mapping[str, Topic]) -> TopicGone:
     """Return the halt for topics that are gone, with the way on."""
     if all(topics[name].matched for name in gone):
         way = "restart to go on without it"
     else:
         way = "make it again and set `group_id` to a new name, or take it out of `topics`; then restart"
-    return Halt("topic", f"topic {', '.join(gone)} is gone from the brokers: {way}")
+    return TopicGone(gone, f"topic {', '.join(gone)} is gone from the brokers: {way}")
 
 
 def _check(topic: str, settings: Mapping[str, str], largest: int, bootstrap: str) -> None:

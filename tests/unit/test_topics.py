@@ -12,7 +12,7 @@ from consumerd.errors import Halt, Outage
 from consumerd.topics import Topic, Topics, missing
 
 ORDERS = Topic(name="orders", partitions=1, topic_id="a")
-Watch = Callable[[Iterable[str]], Awaitable[list[str]]]
+Watch = Callable[[Iterable[str]], Awaitable[Halt | None]]
 KAFKA = KafkaConfig.model_validate({"bootstrap_servers": "127.0.0.1:1"})
 
 
@@ -31,7 +31,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(topics, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(topics, "asyncio", SimpleNamespace(sleep=sleep, Lock=asyncio.Lock))
 
-    async def watch(answers: Iterable[str]) -> list[str]:
+    async def watch(answers: Iterable[str]) -> Halt | None:
         script = iter(answers)
 
         async def look(_: object) -> tuple[float, dict[str, str]]:
@@ -51,7 +51,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 async def test_a_topic_that_is_unknown_for_long_is_gone(watched: Watch) -> None:
     """P6: ten seconds of brokers that do not know it."""
-    assert await watched(["a"] * 3 + ["unknown"] * 12) == ["orders"]
+    assert "orders is gone" in str(await watched(["a"] * 3 + ["unknown"] * 12))
 
 
 @pytest.mark.parametrize("between", ["away", "a"])
@@ -63,8 +63,7 @@ async def test_a_topic_that_is_unknown_around_something_else_is_not_gone(watched
 
 async def test_another_topic_of_the_same_name_halts(watched: Watch) -> None:
     """Rule 10: an id that is another one is another topic."""
-    with pytest.raises(Halt, match="deleted and made again"):
-        await watched(["a", "unknown", "b"])
+    assert "deleted and made again" in str(await watched(["a", "unknown", "b"]))
 
 
 def test_the_way_on_for_a_topic_that_is_gone() -> None:
