@@ -32,7 +32,7 @@ import orjson
 from confluent_kafka import KafkaError, KafkaException
 
 from consumerd import brokers
-from consumerd.accumulator import size_of
+from consumerd.accumulator import MESSAGE_OVERHEAD, size_of
 from consumerd.commits import Commits
 from consumerd.errors import ConsumerdError, Halt, Outage
 from consumerd.types import TopicPartition
@@ -239,7 +239,7 @@ class ConsumerThread(threading.Thread):
         self._look_around(consumer, now)
         if self._has_room(consumer, now):
             messages = consumer.consume(1, IDLE_WAIT)
-            if messages and (more := min(CONSUME_MESSAGES, CONSUME_BYTES // (1 + size_of(messages))) - 1) > 0:  # type: ignore[arg-type]
+            if messages and (more := min(CONSUME_MESSAGES, CONSUME_BYTES // _memory(messages)) - 1) > 0:
                 messages += consumer.consume(more, LINGER)
             self._deliver(consumer, messages)
         else:
@@ -275,7 +275,7 @@ class ConsumerThread(threading.Thread):
             if (partition := TopicPartition(*key)) in self._live
         ]
         if chunks:
-            size = sum(chunk.size for chunk in chunks)
+            size = sum(chunk.size + MESSAGE_OVERHEAD * len(chunk.messages) for chunk in chunks)
             self._told += size
             self._tell(self._received, chunks, size)
         for event in events:  # after the messages: what is said of a gap is said of what follows them
@@ -507,6 +507,11 @@ def _settle(future: asyncio.Future[Any], result: object, error: Exception | None
         future.set_result(result)
     else:
         future.set_exception(error)
+
+
+def _memory(messages: list[ck.Message]) -> int:
+    """Return the bytes that messages take when they are held, as the accumulator counts them."""
+    return size_of(messages) + MESSAGE_OVERHEAD * len(messages)  # type: ignore[arg-type]
 
 
 def _ours(partitions: Iterable[ck.TopicPartition]) -> list[TopicPartition]:

@@ -52,6 +52,11 @@ SELECT a.pid, a.state, a.wait_event, a.state_change::text, c.bytes_processed
 FROM pg_catalog.pg_stat_activity a LEFT JOIN pg_catalog.pg_stat_progress_copy c USING (pid)
 WHERE a.pid = ANY (%(pids)s)"""
 
+_END_DEAF = """\
+SELECT pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
+WHERE a.pid = %(pid)s AND a.state_change::text = %(since)s AND a.usename = session_user
+  AND a.application_name = pg_catalog.current_setting('application_name')"""
+
 _END_BLOCKERS = """\
 SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
 WHERE a.pid = ANY (pg_catalog.pg_blocking_pids(%(pid)s)) AND a.pid <> ALL (%(ours)s)
@@ -110,6 +115,8 @@ class Watch:
             if _not_heard(said[1:]) and said == known.said and not _unsent(conn):
                 log.warning("a connection is deaf: closing it", extra={"handler": self._handler, "backend": pid})
                 cut(conn)
+                if len(said) > 1:  # it will not hear of that either, and may hold the checkpoint's lock for hours
+                    await call(asking, _END_DEAF, {"pid": pid, "since": said[3]})
             elif known.claims and waited > CLAIM_PATIENCE:
                 await self._end_blockers(asking, pid)
             known.said = said

@@ -379,6 +379,9 @@ class Database:
                     self.rows.setdefault(TopicPartition(topic, number), Row(next_offset=None if first else -2))
         elif query == watch._STATE:
             return [self._state(self.backends[pid]) for pid in values["pids"] if pid in self.backends]
+        elif query == watch._END_DEAF:
+            if values["pid"] in self.backends:
+                self.end(self.backends[values["pid"]])
         elif query == watch._END_BLOCKERS:
             return self._end_blockers(values["pid"], values["ours"])
         elif query == postgres._HISTORY:
