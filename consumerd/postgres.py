@@ -61,8 +61,9 @@ busy_since: WeakKeyDictionary[AsyncConnection[Any], float] = WeakKeyDictionary()
 pooled: WeakSet[AsyncConnection[Any]] = WeakSet()
 """Connections that a pooler shares out: the server knows them by another number than we do."""
 
-OWN_WORDS = {"57014", "55P03", "40P01"}
-"""SQLSTATEs whose message is the server's own and holds no value, wherever it is raised."""
+OWN_WORDS = {"ProcessInterrupts", "DeadLockReport"}
+"""Functions of the server's own whose messages (cancelled, timed out, deadlock) hold no value, whatever the context. Not
+their SQLSTATEs: a trigger may raise those with words of its own."""
 
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
@@ -264,7 +265,7 @@ def _one_line(error: psycopg.Error) -> str:
 
     A context says that a row was being read, or that a function of the database's own raised the error.
     """
-    if error.diag.context and error.sqlstate not in OWN_WORDS:
+    if error.diag.context and error.diag.source_function not in OWN_WORDS:
         return type(error).__name__
     return error.diag.message_primary or " ".join(str(error).split())
 

@@ -78,6 +78,7 @@ CASES = {
     ),
     "a trigger's RAISE": Case("P0001", Rejected, "INSERT INTO raising VALUES ('Swordfish', 'P0001')"),
     "a trigger's RAISE of a check": Case("23514", Rejected, "INSERT INTO raising VALUES ('Swordfish', '23514')"),
+    "a trigger's own cancellation": Case("57014", Cancelled, "INSERT INTO raising VALUES ('Swordfish', '57014')"),
     "a trigger's own code": Case("U1234", Halt, "INSERT INTO raising VALUES ('x', 'U1234')"),
     "no table": Case("42P01", TableChanged, "INSERT INTO nowhere VALUES (1)"),
     "no column": Case("42703", TableChanged, "INSERT INTO t (nothing) VALUES (1)"),
