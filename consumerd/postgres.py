@@ -62,7 +62,7 @@ pooled: WeakSet[AsyncConnection[Any]] = WeakSet()
 """Connections that a pooler shares out: the server knows them by another number than we do."""
 
 OWN_WORDS = {"ProcessInterrupts", "DeadLockReport"}
-"""Functions of the server whose own messages (cancelled, timed out, deadlock) hold no value, whatever the context. Their
+"""Functions of the server whose messages (cancelled, timed out, deadlock) hold no value, whatever the context. Their
 SQLSTATEs would not do: a trigger may raise those with words of its own."""
 
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)

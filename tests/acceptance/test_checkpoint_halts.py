@@ -1,5 +1,7 @@
 """Rule 10: a checkpoint that does not fit what is there halts its handler, and what an operator sets wins."""
 
+import time
+
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -20,9 +22,10 @@ from tests.acceptance.halts import (
     set_offset,
 )
 from tests.conftest import MakeDaemon, MakeTopic
+from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
-from tests.servers.sql import execute
+from tests.servers.sql import blocked, execute, locked
 
 
 def test_a_gap_halts_naming_its_range_and_a_reset_goes_on_after_it(
@@ -149,6 +152,37 @@ def test_a_topic_that_is_gone_halts_though_nothing_came_of_it(
     send(kafka, name)
     restart(run, handlers)
     expect_rows(database, "gone")
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_what_was_gathered_of_a_topic_that_is_gone_is_written_first(
+    kafka: KafkaServer, admin: AdminClient, database: str, topic: MakeTopic, daemon: MakeDaemon, *, made_again: bool
+) -> None:
+    """P1: the table locked, the topic deleted (and made again): what the daemon holds is the only copy, and lands."""
+    name = topic()
+    make_tables(database, "gone")
+    send(kafka, name)
+    run = daemon({"gone": handler(name, "gone")})
+    expect_rows(database, "gone")
+    with locked(database, "gone"):
+        send(kafka, name, range(10, 300))
+        wait_until(lambda: run.status()["handlers"]["gone"]["consumed"] == 300, TIMEOUT, "all of them gathered")
+        wait_until(lambda: blocked(database), TIMEOUT, "a write that waits")
+        time.sleep(2)  # the last look at the topic's id came after the messages
+        admin.delete_topics([name])[name].result(TIMEOUT)
+        if made_again:
+            wait_until(lambda: name not in admin.list_topics(timeout=TIMEOUT).topics, TIMEOUT, "the topic's end")
+            kafka.make_topic(name)
+        sentence = "made again" if made_again else "is gone from the brokers"
+        wait_until(lambda: sentence in waiting_for(run), TIMEOUT, "the topic among what is waited for")
+        assert "written" in waiting_for(run)
+    expect_rows(database, "gone", range(300))
+    expect_halt(run, "gone", sentence)
+
+
+def waiting_for(run: Daemon) -> str:
+    """Return what handler gone waits for of Kafka."""
+    return str(run.status()["handlers"]["gone"]["waiting_for"].get("kafka", ""))
 
 
 def test_another_database_or_another_name_halts(
