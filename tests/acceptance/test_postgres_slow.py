@@ -216,10 +216,12 @@ def test_connections_that_hear_nothing_for_a_while(scene: MakeScene, proxy: Prox
 def test_connections_that_a_router_forgot(scene: MakeScene, proxy: Proxy, breakable_database: str) -> None:
     """P4, rule 5: connections deaf for good are given up, and their backends, which hold the checkpoint, are ended."""
     with through(proxy, scene(breakable_database)) as events:
-        proxy.strand()
+        with locked(breakable_database, "events"):  # so that a transaction is open, and no COMMIT, when it is forgotten
+            wait_until(lambda: blocked(breakable_database), SEEN_WITHIN, "a write to wait for the lock")
+            proxy.strand()
+        wait_until(lambda: "a connection is deaf" in events.run.logs(), SEEN_WITHIN, "the deaf connection to be found")
         events.goes_on(SEEN_WITHIN)
         events.dsn = breakable_database
-        assert "a connection is deaf" in events.run.logs()
         events.check(again=True)
 
 
