@@ -1,194 +1,174 @@
-"""`make bench`: rows/s of the daemon from a real broker, next to one raw binary COPY of the same rows in the same run.
+"""`make bench`: the daemon from a real broker, next to what Postgres can take of the same rows in the same run.
 
-Ratios count, not figures: the machine is shared. The raw COPY is Postgres's own ceiling for one connection: rows
-encoded beforehand, one transaction.
+Ratios count, not figures: the machine is shared. So all works take turns, each next to its ceiling, and a ratio is the
+median of the rounds' ratios. The table says for each goal what was measured; `build/bench/bench.json` has every run.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-import psycopg
-from confluent_kafka import Producer
+from tests.bench.carry import Run, carry
+from tests.bench.ceilings import BATCH, Ceiling, copies, one_copy, upserts
+from tests.bench.idle import idle
+from tests.bench.stage import SIX, stage
 
-from consumerd.catalog import Column
-from consumerd.formats.json import Field, decoder
-from consumerd.sinks.copy import Packer
-from tests.servers.daemon import Daemon, write_config
-from tests.servers.kafka import KafkaServer
-from tests.servers.postgres import PostgresServer
-from tests.servers.process import free_port
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-TOPIC = "bench"
+    from tests.bench.stage import Shape, Stage
+
 PARTITIONS = 6
-COLUMNS = (
-    ("id", 20, "bigint", True),
-    ("ts", 1184, "timestamptz", True),
-    ("n", 23, "integer", False),
-    ("name", 25, "text", False),
-    ("d", 701, "double precision", False),
-    ("o", 3802, "jsonb", False),
-)
-TABLE = "CREATE TABLE {name} ({columns}, PRIMARY KEY (id))"
-LIMIT = 300
-"""Seconds for one run."""
-LOOK = 0.02
-"""Seconds between two looks at how far the daemon is."""
+REPEATED = 10
+"""Times that each key comes where keys are repeated."""
+UPSERT = {"table": {"write": "upsert", "key": ["id"]}}
+REPORT = Path("build/bench")
 
 
-def value(number: int) -> bytes:
-    """Return a message of about 125 bytes."""
-    record = {
-        "id": number,
-        "ts": f"2026-11-23T10:15:00.{number % 1_000_000:06}Z",
-        "n": number % 1000,
-        "name": f"customer {number}",
-        "d": number * 1.5,
-        "o": {"a": number, "b": "x", "c": [1, 2]},
-    }
-    return msgspec.json.encode(record)
+@dataclass
+class Rounds:
+    """What was measured in each round: for each work the daemon's run and the ceiling next to it."""
+
+    runs: dict[str, list[tuple[Run, Ceiling | Run]]] = field(default_factory=dict)
+
+    def note(self, work: str, run: Run, beside: Ceiling | Run) -> None:
+        """Keep a run and what it is compared with."""
+        self.runs.setdefault(work, []).append((run, beside))
+
+    def ratio(self, work: str) -> float:
+        """Return the median of the rounds' ratios."""
+        return statistics.median(run.rate / beside.rate for run, beside in self.runs[work])
+
+    def median(self, work: str, name: str) -> float:
+        """Return the median of one figure of the daemon's runs."""
+        return statistics.median(float(asdict(run)[name]) for run, _ in self.runs[work])
 
 
-def fill(kafka: KafkaServer, count: int) -> int:
-    """Send the messages; return the bytes of their values."""
-    kafka.make_topic(TOPIC, PARTITIONS)
-    producer = Producer({"bootstrap.servers": kafka.bootstrap, "linger.ms": 50, "compression.type": "lz4"})
-    size = 0
-    for number in range(count):
-        message = value(number)
-        size += len(message)
-        while True:
-            try:
-                producer.produce(TOPIC, message, partition=number % PARTITIONS)
-                break
-            except BufferError:
-                producer.poll(0.1)
-    producer.flush()
-    return size
+@dataclass(frozen=True)
+class Rows:
+    """Messages' rows encoded beforehand: as one, and batch by batch without and with ordinals."""
+
+    whole: bytes
+    batches: Sequence[bytes]
+    numbered: Sequence[bytes]
 
 
-def make_table(dsn: str, name: str) -> None:
-    """Make an empty table."""
-    columns = ", ".join(f"{column} {kind}{' NOT NULL' if needed else ''}" for column, _, kind, needed in COLUMNS)
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        conn.execute(f"DROP TABLE IF EXISTS {name}")
-        conn.execute(TABLE.format(name=name, columns=columns))
-        conn.execute("DROP SCHEMA IF EXISTS consumerd CASCADE")  # a new group into an old target is refused
-        conn.execute("CHECKPOINT")
+def encode(shape: Shape, count: int) -> Rows:
+    """Encode all messages, batches of one partition each as the daemon's are."""
+    starts = range(0, count, BATCH)
+    sizes = [min(BATCH, count - at) for at in starts]
+    return Rows(
+        whole=shape.packed(0, count),
+        batches=[shape.packed(at, size) for at, size in zip(starts, sizes, strict=True)],
+        numbered=[shape.packed(at, size, ordinal=True) for at, size in zip(starts, sizes, strict=True)],
+    )
 
 
-def packed(count: int) -> list[bytes]:
-    """Return the rows of all messages as COPY data, in pieces."""
-    columns = [
-        Column(name=name, oid=oid, typmod=-1, type_name=kind, not_null=needed, automatic=False)
-        for name, oid, kind, needed in COLUMNS
-    ]
-    decode = decoder(tuple(Field(column=column, path=(column.name,)) for column in columns))
-    data = Packer(column.oid for column in columns).pack(decode(value(number)) for number in range(count))
-    return [bytes(data[at : at + (1 << 17)]) for at in range(0, len(data), 1 << 17)]
+def measure(stage: Stage, count: int, rounds: int) -> Rounds:
+    """Run every work next to its ceiling, round by round."""
+    seen = Rounds()
+    repeated, bare = replace(SIX, keys=count // REPEATED), replace(SIX, primary_key=False)
+    new, again = encode(SIX, count), encode(repeated, count)
+    for _ in range(rounds):
+        one = one_copy(stage, "raw", new.whole, count)
+        stage.make_table("appended")
+        seen.note("append", carry(stage, count, "bench", "appended", {}), one)
+        _expect(stage, "appended", count)
+        many = copies(stage, "raw", new.batches, count)
+        seen.note("append, batches on four connections", seen.runs["append"][-1][0], many)
+        raw = upserts(stage, "raw", new.numbered, count, distinct=False, fresh=True)
+        stage.make_table("upserted")
+        seen.note("upsert, all keys new", carry(stage, count, "bench", "upserted", UPSERT), raw)
+        raw = upserts(stage, "raw", new.numbered, count, distinct=False, fresh=False)
+        stage.settle()
+        seen.note("upsert, every key there", carry(stage, count, "bench", "upserted", UPSERT), raw)
+        _expect(stage, "upserted", count)
+        raw = upserts(stage, "raw", again.numbered, count, distinct=True, fresh=True)
+        stage.make_table("repeated")
+        seen.note("upsert, each key ten times", carry(stage, count, "again", "repeated", UPSERT), raw)
+        _expect(stage, "repeated", count // REPEATED)
+        stage.make_table("in_kafka", bare)
+        in_kafka = carry(stage, count, "bench", "in_kafka", {"checkpoint": "kafka"}, in_kafka=True)
+        stage.make_table("in_postgres", bare)
+        in_postgres = carry(stage, count, "bench", "in_postgres", {}, in_kafka=True)
+        seen.note("checkpoint in Postgres against Kafka", in_postgres, in_kafka)
+    return seen
 
 
-def raw_copy(dsn: str, pieces: list[bytes], count: int) -> float:
-    """Return rows/s of one binary COPY in one transaction."""
-    make_table(dsn, "raw")
-    with psycopg.connect(dsn) as conn:
-        started = time.perf_counter()
-        with conn.cursor().copy("COPY raw FROM STDIN (FORMAT binary)") as copy:
-            for piece in pieces:
-                copy.write(piece)
-        conn.commit()
-        return count / (time.perf_counter() - started)
-
-
-def carry(dsn: str, kafka: KafkaServer, count: int, folder: Path, write: str) -> tuple[float, float]:
-    """Return the daemon's rows/s from its first row to its last, and its peak RSS in MiB."""
-    table = f"{write}_table"
-    make_table(dsn, table)
-    group = f"{write}-{time.time_ns()}"
-    handler = {
-        "topics": [TOPIC],
-        "group_id": group,
-        "table": {"name": table, "write": write, **({"key": ["id"]} if write == "upsert" else {})},
-        "dead_letter": {"create": True},
-    }
-    config = {
-        "kafka": {"bootstrap_servers": kafka.bootstrap},
-        "postgres": {"dsn": dsn},
-        "daemon": {"listen": f"127.0.0.1:{free_port()}"},
-    }
-    run = Daemon(write_config(folder / group, config, {write: handler}))
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        run.start()
-        try:
-            first = wait_for(lambda: reached(conn, group, 1))
-            ended = wait_for(lambda: reached(conn, group, count))
-            peak = peak_rss(run.process.pid)
-        finally:
-            run.stop()
-        assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (count,)
-    return count / (ended - first), peak
-
-
-def reached(conn: psycopg.Connection, group: str, count: int) -> bool:
-    """Whether a group's checkpoints have passed so many messages."""
-    if conn.execute("SELECT to_regclass('consumerd.checkpoint')").fetchone() == (None,):
-        return False
-    row = conn.execute("SELECT sum(next_offset) FROM consumerd.checkpoint WHERE group_id = %s", [group]).fetchone()
-    return bool(row and row[0] and row[0] >= count)
-
-
-def wait_for(condition: Callable[[], bool]) -> float:
-    """Wait until a condition holds, and return when that was; a halted daemon does not hold it up for ever."""
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the daemon was not done within {LIMIT} s")
-        time.sleep(LOOK)
-    return time.perf_counter()
-
-
-def peak_rss(pid: int) -> float:
-    """Return a process's peak resident memory in MiB."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+def _expect(stage: Stage, table: str, rows: int) -> None:
+    """Stop when a table has not what it should: a speed without the rows is none."""
+    if (found := stage.rows(table)) != rows:
+        raise SystemExit(f"{table} has {found} rows of {rows}")
 
 
 def main() -> None:
-    """Run the measurements in turn, so that what the machine does meets all of them alike, and print the table."""
+    """Measure, print the tables, and keep what was measured."""
     arguments = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    arguments.add_argument("-n", "--messages", type=int, default=1_000_000)
-    arguments.add_argument("-r", "--runs", type=int, default=3)
+    arguments.add_argument("-n", "--messages", type=int, default=3_000_000)
+    arguments.add_argument("-r", "--rounds", type=int, default=5)
     options = arguments.parse_args()
-    with tempfile.TemporaryDirectory(prefix="consumerd-bench-") as name:
-        folder = Path(name)
-        folder.chmod(0o711)
-        for part in ("kafka", "postgres"):
-            (folder / part).mkdir()
-        kafka, postgres = KafkaServer(folder / "kafka"), PostgresServer(folder / "postgres")
-        try:
-            kafka.start()
-            postgres.start()
-            size = fill(kafka, options.messages)
-            print(f"{options.messages} messages of {size / options.messages:.0f} bytes in {PARTITIONS} partitions")
-            pieces = packed(options.messages)
-            raw, append, upsert = [], [], []
-            for _ in range(options.runs):
-                raw.append(raw_copy(postgres.dsn, pieces, options.messages))
-                append.append(carry(postgres.dsn, kafka, options.messages, folder, "append"))
-                upsert.append(carry(postgres.dsn, kafka, options.messages, folder, "upsert"))
-        finally:
-            kafka.close()
-            postgres.close()
-    ceiling = statistics.median(raw)
-    print(f"{'medians of ' + str(options.runs):32} {'rows/s':>10} {'of raw':>7} {'peak RSS MiB':>13}")
-    print(f"{'raw binary COPY, one transaction':32} {ceiling:10,.0f} {1:7.2f}")
-    for label, runs in (("consumerd, append", append), ("consumerd, upsert, new keys", upsert)):
-        rate = statistics.median(rate for rate, _ in runs)
-        print(f"{label:32} {rate:10,.0f} {rate / ceiling:7.2f} {max(peak for _, peak in runs):13.0f}")
+    with stage() as here:
+        size = here.fill("bench", options.messages, PARTITIONS) / options.messages
+        here.fill("again", options.messages, PARTITIONS, replace(SIX, keys=options.messages // REPEATED))
+        print(f"{options.messages} messages of {size:.0f} bytes in {PARTITIONS} partitions", flush=True)
+        seen = measure(here, options.messages, options.rounds)
+        resting = idle(here)
+    print_runs(seen, size)
+    print_goals(seen, resting)
+    REPORT.mkdir(parents=True, exist_ok=True)
+    (REPORT / "bench.json").write_text(json.dumps(_json(seen, resting), indent=1), encoding="utf-8")
+
+
+def print_runs(seen: Rounds, size: float) -> None:
+    """Print what each work took; nanoseconds of a core for each row."""
+    print(
+        f"\n{'':38}{'rows/s':>9}{'MB/s':>7}{'ceiling':>9}{'ratio':>7}{'daemon':>9}{'Postgres':>9}{'broker':>9}{'MiB':>6}"
+    )
+    for work, runs in seen.runs.items():
+        rate = seen.median(work, "rate")
+        ceiling = statistics.median(beside.rate for _, beside in runs)
+        used = "".join(f"{seen.median(work, name):9.0f}" for name in ("daemon", "postgres", "broker"))
+        print(
+            f"{work:38}{rate:9,.0f}{rate * size / 1e6:7.0f}{ceiling:9,.0f}{seen.ratio(work):7.2f}{used}"
+            f"{seen.median(work, 'peak'):6.0f}"
+        )
+
+
+def print_goals(seen: Rounds, resting: tuple[float, float]) -> None:
+    """Print each goal beside its figure."""
+    memory, share = resting
+    first = min(run.first for run, _ in seen.runs["append"])
+    goals = [
+        ("append, of one raw COPY", seen.ratio("append"), ">=", 0.85, ""),
+        ("upsert, all keys new, of the raw statement", seen.ratio("upsert, all keys new"), ">=", 0.80, ""),
+        ("upsert, every key there", seen.ratio("upsert, every key there"), ">=", 0.80, ""),
+        ("upsert, each key ten times", seen.ratio("upsert, each key ten times"), ">=", 0.80, ""),
+        (
+            "checkpoint in Postgres, of that in Kafka",
+            seen.ratio("checkpoint in Postgres against Kafka"),
+            ">=",
+            0.97,
+            "",
+        ),
+        ("peak memory", max(run.peak for runs in seen.runs.values() for run, _ in runs), "<=", 350, " MiB"),
+        ("idle memory", memory, "<=", 80, " MiB"),
+        ("process start to the first rows", first, "<=", 1.0, " s"),
+        ("idle, 60 partitions, of a core", share * 100, "<=", 1.0, " %"),
+    ]
+    print(f"\n{'goal':50}{'':>3}{'':>8}  measured")
+    for name, figure, sign, bound, unit in goals:
+        held = figure >= bound if sign == ">=" else figure <= bound
+        print(f"{name:50}{sign:>3}{bound:8g}  {figure:.3g}{unit}{'' if held else '   not reached'}")
+
+
+def _json(seen: Rounds, resting: tuple[float, float]) -> dict[str, Any]:
+    runs = {work: [[asdict(run), asdict(beside)] for run, beside in pairs] for work, pairs in seen.runs.items()}
+    return {"runs": runs, "idle": {"memory_mib": resting[0], "core": resting[1]}}
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ class KafkaServer:
         """Whether the broker's process is there."""
         return self._process is not None and self._process.running
 
+    @property
+    def pid(self) -> int:
+        """The broker's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start, and return when it answers a client and coordinates groups. Does nothing to one that runs."""
         if not self.running:

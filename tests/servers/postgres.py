@@ -49,6 +49,12 @@ class PostgresServer:
         """Whether the postmaster is there."""
         return self._process is not None and self._process.running
 
+    @property
+    def pid(self) -> int:
+        """The postmaster."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start, and return when a client can connect. Does nothing to one that runs."""
         if self.running:
