@@ -76,6 +76,15 @@ REJOIN_AFTER = 0.25
 and a broker that restarts quickly need not be joined anew."""
 NO_TOPIC = "consumerd:rejoin"
 """No topic can have this name (Kafka knows no colon in one)."""
+FENCED = [KafkaError(code).str() for code in (KafkaError.FENCED_INSTANCE_ID, KafkaError.UNRELEASED_INSTANCE_ID)]
+"""What a fatal error says when another consumer has this one's `group.instance.id`. It need not be another process: a
+coordinator that was restarted has fenced the very member that it knew before (seen)."""
+REJOIN_PAUSE = 1.0
+"""Seconds before a consumer that was fenced by its own name joins again; doubled each time, so that two processes that
+really have one name do not take the partitions from each other all day."""
+MAX_REJOIN_PAUSE = 60.0
+LONG_MEMBERSHIP = 300.0
+"""Seconds after which having been fenced before is forgotten."""
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
@@ -112,7 +121,7 @@ class Listener(Protocol):
     async def revoked(self, partitions: list[TopicPartition], deadline: float) -> None:
         """Settle what is in flight of partitions that go; the thread waits for it."""
 
-    def lost(self, partitions: list[TopicPartition]) -> None:
+    def lost(self, partitions: list[TopicPartition], why: str) -> None:
         """Take note of partitions that are another's already."""
 
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
@@ -158,6 +167,8 @@ class ConsumerThread(threading.Thread):
         self._unreachable_since: float | None = None
         self._rejoining = False
         self._spare = False
+        self._fenced: str | None = None
+        self._rejoin_pause = REJOIN_PAUSE
         self._next_watermarks = 0.0
         self._looked = 0
         # Only the loop touches this; the thread reads it.
@@ -204,29 +215,39 @@ class ConsumerThread(threading.Thread):
     def run(self) -> None:
         """Consume until closed; anything unforeseen halts the handler."""
         try:
-            callbacks: dict[str, Any] = {"error_cb": self._on_error, "on_commit": self.commits.on_answer}
-            if self._config.get("group.protocol") == "consumer":
-                callbacks |= {"stats_cb": self._on_statistics, "statistics.interval.ms": STATISTICS_INTERVAL_MS}
-            consumer = ck.Consumer({**self._config, **callbacks})
-        except KafkaException as error:
-            self._tell(self._listener.failed, Halt("kafka", f"librdkafka refuses [kafka.properties]: {_text(error)}"))
-            self._tell(self._close_future)
-            return
-        try:
-            self._subscribe(consumer, self._topics)
             while not self._closing.is_set():
-                self._turn(consumer)
-            self._finish(consumer)
+                self._be_a_member()
         except ConsumerdError as error:
             self._tell(self._listener.failed, error)
         except Exception as error:
             log.exception("the Kafka thread failed")
             self._tell(self._listener.failed, Halt("bug", f"the Kafka thread failed: {type(error).__name__}: {error}"))
         finally:
-            try:
-                consumer.close()
-            finally:
-                self._tell(self._close_future)
+            self._tell(self._close_future)
+
+    def _be_a_member(self) -> None:
+        """Consume until closed or fenced: after a fatal error a consumer is of no use, and the next one joins."""
+        callbacks: dict[str, Any] = {"error_cb": self._on_error, "on_commit": self.commits.on_answer}
+        if self._config.get("group.protocol") == "consumer":
+            callbacks |= {"stats_cb": self._on_statistics, "statistics.interval.ms": STATISTICS_INTERVAL_MS}
+        try:
+            consumer = ck.Consumer({**self._config, **callbacks})
+        except KafkaException as error:
+            raise Halt("kafka", f"librdkafka refuses [kafka.properties]: {_text(error)}") from error
+        since = time.monotonic()
+        try:
+            self._subscribe(consumer, self._topics)
+            while not self._closing.is_set() and self._fenced is None:
+                self._turn(consumer)
+            if self._fenced is None:
+                self._finish(consumer)
+        finally:
+            consumer.close()
+        if self._fenced is not None:
+            pause = REJOIN_PAUSE if time.monotonic() - since > LONG_MEMBERSHIP else self._rejoin_pause
+            self._closing.wait(pause)
+            self._rejoin_pause = min(pause * 2, MAX_REJOIN_PAUSE)
+            self._fenced, self._paused, self._full_since, self._rejoining = None, False, None, False
 
     def _subscribe(self, consumer: ck.Consumer, topics: list[str]) -> None:
         consumer.subscribe(topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -382,17 +403,19 @@ class ConsumerThread(threading.Thread):
     def _on_lost(self, consumer: ck.Consumer, partitions: list[ck.TopicPartition]) -> None:
         """Partitions are another's already: commit nothing. What is still being written is fenced."""
         try:
-            ours = _ours(partitions)
-            self._live.difference_update(ours)
-            self._owned.difference_update(ours)
-            self.commits.forget(ours)
+            self._lose(_ours(partitions), "its heartbeats did not come in time, or it did not poll")
             if self._incremental:
                 consumer.incremental_unassign(partitions)
             else:
                 consumer.unassign()
-            self._tell(self._listener.lost, ours)
         except Exception as error:  # noqa: BLE001 - recorded; the loop raises it
             self._tell(self._listener.failed, Halt("kafka", f"losing partitions failed: {error}"))
+
+    def _lose(self, partitions: list[TopicPartition], why: str) -> None:
+        self._live.difference_update(partitions)
+        self._owned.difference_update(partitions)
+        self.commits.forget(partitions)
+        self._tell(self._listener.lost, partitions, why)
 
     def _on_statistics(self, text: str) -> None:
         """Learn that this member is in its group without a partition: the consumer protocol calls back for none (seen).
@@ -406,9 +429,7 @@ class ConsumerThread(threading.Thread):
         self._spare = spare
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.fatal():
-            self._tell(self._listener.failed, Halt("kafka", f"librdkafka gave up: {error.str()}"))
-        elif error.code() in {KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION, KafkaError._SSL}:  # noqa: SLF001
+        if error.code() in {KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION, KafkaError._SSL}:  # noqa: SLF001
             self._unreachable_since = self._unreachable_since or time.monotonic()
             self._tell(self._listener.reachable, f"Kafka: {error.str()}")
 
@@ -428,8 +449,19 @@ class ConsumerThread(threading.Thread):
         elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
             sentence = f"{where}: {error}: grant this principal READ on the topic and on the group"
             self._tell(self._listener.failed, Halt("kafka", sentence))
+        elif error is not None and code == KafkaError._FATAL:  # noqa: SLF001
+            self._on_fatal(error.str())
         elif code not in UNKNOWN:
             log.warning("the consumer reports an error", extra={"error": str(error)})
+
+    def _on_fatal(self, text: str) -> None:
+        """Give everything up and join again, if it was another consumer of this one's name; else there is no way on."""
+        if not any(fenced in text for fenced in FENCED):
+            raise Halt("kafka", f"librdkafka gave up: {text}")
+        name = self._config.get("group.instance.id")
+        why = f"another consumer joined as group_instance_id {name!r}; no two processes may have the same one"
+        self._fenced = text
+        self._lose(sorted(self._owned), why)
 
     def _stop_at_damage(self, consumer: ck.Consumer, message: ck.Message) -> None:
         """Deliver nothing that follows: librdkafka goes on from wherever it takes the next batch to be (seen)."""

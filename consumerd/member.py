@@ -93,6 +93,8 @@ class Member:
         self.limit = self.budget.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again later with each that it did not."""
         self._grow_from = 0.0
+        self.encoding = asyncio.Lock()
+        """Held while a write is encoded: side by side all would be ready late, and Postgres would wait."""
         self._topics: Topics
         self._found: dict[str, Topic] = {}
         self.assignment: Assignment
@@ -410,18 +412,14 @@ class Member:
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), revoked=partitions)
 
-    def lost(self, partitions: list[TopicPartition]) -> None:
+    def lost(self, partitions: list[TopicPartition], why: str) -> None:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
         self.assignment.unassign(partitions)
         self.release(partitions)
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
         if self.progress.state != "halted":
-            sentence = (
-                f"group {self.handler.group_id} has let this member go: its heartbeats did not come in time, or it "
-                f"did not poll"
-            )
-            self.progress.outage("kafka", sentence, GROUP)
+            self.progress.outage("kafka", f"group {self.handler.group_id} has let this member go: {why}", GROUP)
 
     def watermarks(self, high: dict[TopicPartition, int]) -> None:
         """Note the high watermarks."""

@@ -7,11 +7,11 @@ import re
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import psycopg
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
@@ -123,6 +123,25 @@ def test_members_come_and_go_under_load(database: str, events: MakeEvents, proto
     lands(made)
     assert [first.stop(), third.stop()] == [0, 0]
     assert not re.search("halted|not settled in time", first.logs() + second.logs() + third.logs())
+    check(made)
+
+
+def test_a_member_that_is_fenced_by_its_own_name_joins_again(database: str, events: MakeEvents) -> None:
+    """P4, P9: another consumer with its `group_instance_id` takes the partitions; the daemon says so and joins anew."""
+    made = events(database)
+    stream = made.stream
+    daemon = join(made, CLASSIC, "one")
+    stream.produce(100)
+    lands(made)
+    group = {"group.id": stream.topic, "group.instance.id": "one", "enable.auto.commit": False}
+    twin = Consumer({"bootstrap.servers": stream.bootstrap, **group, **PROTOCOLS["cooperative"]})
+    twin.subscribe([stream.topic])
+    with closing(twin):
+        wait_until(lambda: bool([twin.poll(0.1), *twin.assignment()][1:]), TIMEOUT, "the twin's partitions")
+        wait_until(lambda: "joined as group_instance_id 'one'" in daemon.logs(), TIMEOUT, "the sentence")
+        stream.produce(100)
+        lands(made)
+    assert daemon.stop() == 0
     check(made)
 
 
