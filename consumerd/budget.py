@@ -46,10 +46,10 @@ def divide(memory: int, handler: HandlerConfig) -> Budget:
     """Return the parts of a handler's memory."""
     buffered = int(memory * BUFFER_SHARE)
     batch, connections = handler.batch, handler.max_connections
-    rows = int(memory * ENCODED_SHARE) // connections // 2
+    rows = int(memory * ENCODED_SHARE) // connections
     bounds = Bounds(
         max_messages=max(1, min(batch.max_messages, rows // ROW_OVERHEAD)),
-        max_bytes=max(1, min(batch.max_bytes, rows // ROW_COPIES)),
+        max_bytes=max(1, min(batch.max_bytes, rows // 2 // ROW_COPIES)),
         max_age=batch.max_age,
     )
     return Budget(

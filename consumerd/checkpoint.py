@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
+    from consumerd.postgres import Statement
     from consumerd.topics import Topic
 
 SCHEMA = """\
@@ -258,24 +259,20 @@ class Checkpoints:
         rows = await call(conn, self._sql(_READ), self._keys(partitions))
         return {TopicPartition(topic, number): Stand(*stand) for topic, number, *stand in rows}
 
-    async def advance(self, conn: AsyncConnection[Any], moves: Sequence[Move]) -> set[TopicPartition]:
-        """Move checkpoints inside the open transaction, locked in key order; return those that stood where expected.
+    def advance(self, moves: Sequence[Move]) -> Statement:
+        """Return what moves checkpoints, locked in key order; it answers with a row for each that stood as expected.
 
         The first statement of every write: no refusal of a row counts unless this held.
         """
-        cursor = await conn.execute(
-            self._advance,
-            {
-                "group": self.group,
-                "topics": [move.partition.topic for move in moves],
-                "partitions": [move.partition.partition for move in moves],
-                "epochs": [move.lease.epoch for move in moves],
-                "olds": [move.lease.next_offset for move in moves],
-                "news": [move.new for move in moves],
-                "leaders": [move.leader_epoch for move in moves],
-            },
-        )
-        return {TopicPartition(topic, number) for topic, number in await cursor.fetchall()}
+        return self._advance, {
+            "group": self.group,
+            "topics": [move.partition.topic for move in moves],
+            "partitions": [move.partition.partition for move in moves],
+            "epochs": [move.lease.epoch for move in moves],
+            "olds": [move.lease.next_offset for move in moves],
+            "news": [move.new for move in moves],
+            "leaders": [move.leader_epoch for move in moves],
+        }
 
     def _keys(self, partitions: Sequence[TopicPartition]) -> dict[str, Any]:
         return {
@@ -336,6 +333,6 @@ class KafkaCheckpoints:
         """Return nothing: there is nothing to compare with."""
         return {}
 
-    async def advance(self, conn: AsyncConnection[Any], moves: Sequence[Move]) -> set[TopicPartition]:  # noqa: ARG002
-        """Move nothing, and find everything where it was expected."""
-        return {move.partition for move in moves}
+    def advance(self, moves: Sequence[Move]) -> Statement:
+        """Return what moves nothing, and finds everything where it was expected."""
+        return "SELECT generate_series(1, %(moves)s)", {"moves": len(moves)}

@@ -22,6 +22,7 @@ import psycopg
 
 from consumerd.errors import Refusal, Rejected
 from consumerd.postgres import translate
+from consumerd.sinks.copy import CopyData
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ async def isolate(
         if start > 0 and ((spent and start > at_least) or now() > until + LONGEST_SECONDS):
             return refused, start
         tries -= 1
-        rejected = await _try(conn, sink, rows[start:end], start)
+        rejected = await _try(conn, sink, rows[start:end])
         if rejected is None:
             continue
         if end - start == 1:
@@ -72,7 +73,7 @@ async def isolate(
             continue
         pieces += _pieces(start, end, rejected.row)
     for position in sorted((p for p, refusal in refused.items() if refusal.sqlstate == ORPHAN), reverse=True):
-        if await _try(conn, sink, rows[position : position + 1], position) is None:
+        if await _try(conn, sink, rows[position : position + 1]) is None:
             del refused[position]
     return refused, len(rows)
 
@@ -87,15 +88,15 @@ def _pieces(start: int, end: int, row: int | None) -> list[tuple[int, int]]:
     return [(a, b) for a, b in reversed(list(pairwise(cuts))) if a < b]
 
 
-async def _try(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]], first: int) -> Rejected | None:
+async def _try(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]]) -> Rejected | None:
     """Write rows under a savepoint; return the refusal, if it is one, with nothing of these rows left written."""
     try:
-        data = sink.pack(rows, first)
+        data = sink.pack(rows, CopyData(alone=False))
     except Rejected as rejected:
         return rejected
     try:
         await conn.execute("SAVEPOINT consumerd")
-        await sink.write(conn, data, len(rows), first)
+        await sink.write(conn, data)
         # A deferred constraint would fail at COMMIT, never under a savepoint.
         await conn.execute("SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED; RELEASE SAVEPOINT consumerd")
     except psycopg.Error as error:

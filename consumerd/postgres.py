@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncClientCursor, AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict
 
 from consumerd.errors import Cancelled, ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected, TableChanged
 from consumerd.sqlstate import Next, next_step
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from consumerd.config import PostgresConfig
 
@@ -54,6 +54,9 @@ BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
 SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                                         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""
+
+Statement = tuple[LiteralString | sql.Composed, "Mapping[str, Any] | None"]
+"""A statement and its values."""
 
 busy_since: WeakKeyDictionary[AsyncConnection[Any], float] = WeakKeyDictionary()
 """Since when, monotonic, each connection that is in a transaction or a call has been in it (`consumerd.watch`)."""
@@ -121,16 +124,19 @@ def _parameters(config: PostgresConfig, application_name: str) -> dict[str, Any]
 
 
 @asynccontextmanager
-async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> AsyncIterator[None]:
+async def transaction(
+    conn: AsyncConnection[Any], *opening: Statement, probe: bool = False
+) -> AsyncIterator[list[list[tuple[Any, ...]]]]:
     """Run a transaction; psycopg's errors leave it translated. A probe ends with ROLLBACK.
+
+    It begins with the statements given, in one round trip with BEGIN; their rows are what the block gets.
 
     After anything but an error of psycopg or of ours (a cancelled task, above all) the connection is closed: its state
     is unknown, and the server rolls back.
     """
     busy_since[conn] = time.monotonic()
     try:
-        await conn.execute(BEGIN)
-        yield
+        yield await _begin(conn, opening)
         end = "ROLLBACK" if probe else "COMMIT"
         cursor = await conn.execute(end)
         if cursor.statusmessage != end:
@@ -146,6 +152,22 @@ async def transaction(conn: AsyncConnection[Any], *, probe: bool = False) -> Asy
         raise
     finally:
         busy_since.pop(conn, None)
+
+
+async def _begin(conn: AsyncConnection[Any], opening: Sequence[Statement]) -> list[list[tuple[Any, ...]]]:
+    cursor = await conn.execute(together(conn, [(BEGIN, None), *opening]))
+    answers = []
+    more: bool | None = True
+    while more:
+        answers.append(await cursor.fetchall() if cursor.description else [])
+        more = cursor.nextset()
+    return answers[len(answers) - len(opening) :]
+
+
+def together(conn: AsyncConnection[Any], statements: Sequence[Statement]) -> bytes:
+    """Return statements as one text with their values in it, to be said in one round trip."""
+    cursor = AsyncClientCursor(conn)
+    return ";\n".join(cursor.mogrify(query, values) for query, values in statements).encode()
 
 
 def cut(conn: AsyncConnection[Any]) -> None:

@@ -7,6 +7,7 @@ class says what happens next (`consumerd.errors`).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,17 @@ from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
 from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
 from consumerd.isolate import ORPHAN, isolate
+from consumerd.sinks.copy import CopyData
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from psycopg import AsyncConnection
 
     from consumerd.accumulator import Batch
     from consumerd.live_table import Mapping
     from consumerd.member import Member
-    from consumerd.postgres import TransactionId
+    from consumerd.postgres import Statement, TransactionId
 
 Work = list[tuple["Batch", Lease]]
 """Batches of one write, each with the lease that its partition had when it was taken."""
@@ -135,25 +139,20 @@ class Writer:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
         await member.confirm_topics(max(batch.arrived for batch, _ in work))
-        encoded = [mapping.encoder.encode(batch) for batch, _ in work]
+        async with member.encoding:
+            data = await _encode(work, mapping)
         for batch, _ in work:
             await self._dead_letter(batch)
-        packed = []
-        first = 0
-        for rows in encoded:
-            if rows.rows:
-                packed.append((mapping.sink.pack(rows.rows, first), len(rows.rows), first))
-                first += len(rows.rows)
         started = time.monotonic()
         conn = await self._connection(mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while the letters were under way
         self.writing = True
         try:
-            async with postgres.transaction(conn):
-                await self._advance(conn, work, mapping)
-                for data, count, first in packed:
-                    await mapping.sink.write(conn, data, count, first)
+            async with postgres.transaction(conn, *self._opening(work, mapping)) as answers:
+                _check(answers, work, mapping)
+                if data.rows:
+                    await mapping.sink.write(conn, data)
                 if member.checkpoints.mode == "kafka":
                     self._doubt = await postgres.transaction_id(conn), work
             self._doubt = None
@@ -173,27 +172,24 @@ class Writer:
             self._member.written([(batch, lease) for batch, lease in work if self._member.holds(batch, lease)], 0.0)
         self._doubt = None
 
-    async def _advance(self, conn: AsyncConnection[Any], work: Work, mapping: Mapping) -> None:
-        """Move the checkpoints, first of all; then make sure that the table is the one that was encoded for."""
+    def _opening(self, work: Work, mapping: Mapping) -> list[Statement]:
+        """Return what moves the checkpoints, first of all, and what tells whether the table is as it was."""
         moves = [
             Move(partition=batch.partition, lease=lease, new=batch.next_offset, leader_epoch=batch.leader_epoch)
             for batch, lease in work
         ]
-        if len(await self._member.checkpoints.advance(conn, moves)) < len(moves):
-            raise Fenced
         table = mapping.table
-        await conn.execute(f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE")
-        row = await (await conn.execute(fingerprint_query(table.name))).fetchone()
-        if row != (table.fingerprint,):
-            raise TableChanged(f"table {table.name} is not as it was read from the catalog")
+        lock = f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE"
+        return [self._member.checkpoints.advance(moves), (lock, None), (fingerprint_query(table.name), None)]
 
     async def _isolate(self, batch: Batch, lease: Lease, mapping: Mapping, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
         member = self._member
         rows = mapping.encoder.encode(batch)
         conn = await self._connection(mapping)
-        async with postgres.transaction(conn, probe=True):
-            await self._advance(conn, [(batch, lease)], mapping)
+        work = [(batch, lease)]
+        async with postgres.transaction(conn, *self._opening(work, mapping), probe=True) as answers:
+            _check(answers, work, mapping)
             refused, settled = await isolate(
                 conn, mapping.sink, rows.rows, named, at_least=member.breaker.lacks(batch), now=time.monotonic
             )
@@ -226,6 +222,25 @@ class Writer:
                 await mapping.sink.prepare(self._conn)
             self._prepared = mapping
         return self._conn
+
+
+async def _encode(work: Work, mapping: Mapping) -> CopyData:
+    """Turn messages into the data of one COPY; who waits for an answer of Postgres has a turn between two slices."""
+    data = CopyData()
+    for batch, _ in work:
+        for rows in mapping.encoder.slices(batch):
+            mapping.sink.pack(rows.rows, data)
+            await asyncio.sleep(0)
+    return data
+
+
+def _check(answers: Sequence[Sequence[tuple[Any, ...]]], work: Work, mapping: Mapping) -> None:
+    """Look at what the opening statements of a write said; raises Fenced, TableChanged."""
+    moved, _, fingerprint = answers
+    if len(moved) < len(work):
+        raise Fenced
+    if fingerprint != [(mapping.table.fingerprint,)]:
+        raise TableChanged(f"table {mapping.table.name} is not as it was read from the catalog")
 
 
 def _be_patient(batch: Batch) -> None:

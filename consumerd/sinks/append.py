@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.catalog import Column, Table
+    from consumerd.sinks.copy import CopyData
 
 
 class Append:
@@ -26,10 +27,10 @@ class Append:
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Need nothing."""
 
-    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> bytearray:  # noqa: ARG002
-        """Return rows as COPY data."""
-        return self._packer.pack(rows)
+    def pack(self, rows: Sequence[tuple[Any, ...]], data: CopyData) -> CopyData:
+        """Add rows to the data of a COPY."""
+        return self._packer.add(data, rows)
 
-    async def write(self, conn: AsyncConnection[Any], data: bytearray, rows: int, first: int = 0) -> None:  # noqa: ARG002
+    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> None:
         """Copy the rows into the table."""
-        await copy(conn, self._statement, data, rows)
+        await copy(conn, self._statement, data)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
+    from consumerd.sinks.copy import CopyData
+
 
 class Sink(Protocol):
     """One way to write rows into a table."""
@@ -20,8 +22,8 @@ class Sink(Protocol):
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Make what a session needs; once for each connection, outside a transaction."""
 
-    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> bytearray:
-        """Return rows as COPY data; raises Rejected for a row that has no such form. `first` numbers the first row."""
+    def pack(self, rows: Sequence[tuple[Any, ...]], data: CopyData) -> CopyData:
+        """Add rows to the data of a COPY, and return it; raises Rejected, naming a row that has no such form."""
 
-    async def write(self, conn: AsyncConnection[Any], data: bytearray, rows: int, first: int = 0) -> None:
+    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> None:
         """Write packed rows; those written before in the same transaction are left alone."""

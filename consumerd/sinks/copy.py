@@ -8,6 +8,7 @@ batch is packed before its transaction begins. The formatter is private to psyco
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -48,29 +49,37 @@ class Packer:
         self._transformer = Transformer(_Context())
         self._transformer.set_dumper_types([BYTEA_OID if oid == JSONB_OID else oid for oid in oids], Format.BINARY)
 
-    def pack(self, rows: Iterable[Sequence[Any]]) -> bytearray:
-        """Return COPY data; raises Rejected naming the first row that has no binary form."""
-        data = bytearray(SIGNATURE)
-        transformer = self._transformer
-        packed = 0
+    def add(self, data: CopyData, rows: Iterable[Sequence[Any]]) -> CopyData:
+        """Add rows to the data of a COPY, and return it; raises Rejected naming the first that has no binary form."""
+        transformer, packed = self._transformer, data.packed
         try:
             for row in rows:
-                format_row_binary(row, transformer, data)
-                packed += 1
+                format_row_binary(row, transformer, packed)
+                data.rows += 1
         except Exception as error:
             name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
             text = "a value has no binary form in Postgres"
-            raise Rejected(Refusal(reason="range", stage="write", error=name, message=text), packed) from error
-        data += TRAILER
+            raise Rejected(Refusal(reason="range", stage="write", error=name, message=text), data.rows) from error
         return data
 
 
-async def copy(conn: AsyncConnection[Any], statement: sql.Composed, data: bytearray, rows: int) -> None:
+@dataclass(slots=True)
+class CopyData:
+    """The data of one binary COPY."""
+
+    rows: int = 0
+    packed: bytearray = field(default_factory=lambda: bytearray(SIGNATURE))
+    alone: bool = True
+    """Whether nothing else is written in its transaction."""
+
+
+async def copy(conn: AsyncConnection[Any], statement: sql.Composed, data: CopyData) -> None:
     """Send packed rows; halts when Postgres counted fewer (a trigger that drops rows would lose them silently)."""
     async with conn.cursor() as cursor:
         async with cursor.copy(statement) as copying:
-            await copying.write(data)
-        check_stored(cursor.rowcount, rows)
+            await copying.write(data.packed)
+            await copying.write(TRAILER)
+        check_stored(cursor.rowcount, data.rows)
 
 
 def check_stored(stored: int, sent: int) -> None:

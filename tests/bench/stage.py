@@ -14,7 +14,7 @@ from confluent_kafka import Producer
 
 from consumerd.catalog import Column
 from consumerd.formats.json import Field, decoder
-from consumerd.sinks.copy import Packer
+from consumerd.sinks.copy import TRAILER, CopyData, Packer
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
 
@@ -71,10 +71,14 @@ class Shape:
             for name, oid, kind, needed in self.columns
         ]
         decode = decoder(tuple(Field(column=column, path=(column.name,)) for column in columns))
-        rows = (decode(self.value(number)) for number in range(first, first + count))
+        rows = iter(decode(self.value(number) for number in range(first, first + count)))
+        oids = [column.oid for column in columns]
+        data = CopyData()
         if ordinal:
-            return bytes(Packer([*(c.oid for c in columns), 23]).pack((*row, at) for at, row in enumerate(rows)))
-        return bytes(Packer(column.oid for column in columns).pack(rows))
+            Packer([*oids, 23]).add(data, ((*row, at) for at, row in enumerate(rows)))
+        else:
+            Packer(oids).add(data, rows)
+        return bytes(data.packed + TRAILER)
 
 
 SIX = Shape()

@@ -137,8 +137,8 @@ MUTANTS = (
         changes=(
             Change(
                 file="writer.py",
-                old="packed.append((mapping.sink.pack(rows.rows, first), len(rows.rows), first))",
-                new="packed.append((mapping.sink.pack(rows.rows[::-1], first), len(rows.rows), first))",
+                old="            mapping.sink.pack(rows.rows, data)\n",
+                new="            mapping.sink.pack(rows.rows[::-1], data)\n",
             ),
         ),
     ),

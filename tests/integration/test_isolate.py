@@ -15,6 +15,7 @@ from consumerd.errors import Outage, Refusal, TableChanged
 from consumerd.isolate import isolate
 from consumerd.sinks.append import Append
 from consumerd.sinks.base import Sink
+from consumerd.sinks.copy import CopyData
 from consumerd.sinks.upsert import Upsert
 
 Row = tuple[Any, ...]
@@ -30,7 +31,7 @@ CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
 CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION refuse();
 INSERT INTO t VALUES (-1, 'there', -1, -1);
 """
-STATEMENTS = 5
+STATEMENTS = 6
 """Of one piece: savepoint, COPY, merge, a count because the table has a trigger, release or roll back."""
 
 
@@ -46,16 +47,16 @@ class Counted:
         """Prepare."""
         await self._sink.prepare(conn)
 
-    def pack(self, rows: Sequence[Row], first: int = 0) -> bytearray:
+    def pack(self, rows: Sequence[Row], data: CopyData) -> CopyData:
         """Pack."""
-        return self._sink.pack(rows, first)
+        return self._sink.pack(rows, data)
 
-    async def write(self, conn: Connection, data: bytearray, rows: int, first: int = 0) -> None:
+    async def write(self, conn: Connection, data: CopyData) -> None:
         """Write, and count."""
         self.writes += 1
         if self.before is not None:
             await self.before()
-        await self._sink.write(conn, data, rows, first)
+        await self._sink.write(conn, data)
 
 
 class Bench:
@@ -95,7 +96,7 @@ class Bench:
         rest = [row for position, row in enumerate(rows) if position not in found]
         sink = self.sinks[write]
         async with postgres.transaction(self.conn):
-            await sink.write(self.conn, sink.pack(rest), len(rest))
+            await sink.write(self.conn, sink.pack(rest, CopyData()))
         cursor = await self.conn.execute("SELECT count(*) FROM t WHERE id >= 0")
         landed = await cursor.fetchone()
         assert landed == (len({row[0] for row in rest}),)

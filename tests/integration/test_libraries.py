@@ -12,7 +12,7 @@ from psycopg.adapt import Transformer
 from psycopg.pq import Format
 
 from consumerd.formats.json import refusal
-from consumerd.sinks.copy import SIGNATURE, TRAILER, Packer
+from consumerd.sinks.copy import SIGNATURE, CopyData, Packer
 
 INT4, INT8, TEXT, JSONB = 23, 20, 25, 3802
 
@@ -122,6 +122,6 @@ def test_psycopgs_private_row_formatter_packs() -> None:
 
 
 def test_the_packer_passes_jsonb_on_as_bytes() -> None:
-    """Bytes go through the same formatter unchanged, between COPY's signature and its trailer."""
-    expected = SIGNATURE + b"\x00\x01" + b"\x00\x00\x00\x03\x01[]" + TRAILER
-    assert expected == bytes(Packer([JSONB]).pack([(b"\x01[]",)]))
+    """Bytes go through the same formatter unchanged, behind COPY's signature."""
+    expected = SIGNATURE + b"\x00\x01" + b"\x00\x00\x00\x03\x01[]"
+    assert expected == bytes(Packer([JSONB]).add(CopyData(), [(b"\x01[]",)]).packed)

@@ -1,7 +1,7 @@
 """Errors that a real server raises mean what sqlstate.py says: row refused, wait and try again, or halt."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from psycopg import AsyncConnection
 from consumerd import postgres
 from consumerd.config import PostgresConfig
 from consumerd.errors import Cancelled, ConsumerdError, Halt, Outage, Rejected, TableChanged
-from consumerd.sinks.copy import Packer
+from consumerd.sinks.copy import TRAILER, CopyData, Packer
 from tests.servers.process import free_port
 
 SECRET = "Swordfish"
@@ -124,6 +124,11 @@ async def run(conn: AsyncConnection[object], *statements: str) -> None:
             await conn.execute(statement)
 
 
+def packed(oids: Sequence[int], rows: Sequence[tuple[object, ...]]) -> bytes:
+    """Return rows as the data of a COPY."""
+    return bytes(Packer(oids).add(CopyData(), rows).packed + TRAILER)
+
+
 async def copy(conn: AsyncConnection[object], columns: str, data: bytes | bytearray) -> None:
     """Run a COPY in a transaction of the package."""
     async with postgres.transaction(conn), conn.cursor() as cursor:
@@ -176,14 +181,14 @@ async def test_copy_names_the_row(conn: AsyncConnection[object]) -> None:
         rows = [(10 + i, "x") for i in range(5)]
         rows[bad] = (1, "x")
         with pytest.raises(Rejected) as caught:
-            await copy(conn, "id, short", Packer([23, 1043]).pack(rows))
+            await copy(conn, "id, short", packed([23, 1043], rows))
         assert caught.value.row == bad
 
 
 async def test_wrong_binary_halts(conn: AsyncConnection[object]) -> None:
     """COPY data that is no form of its columns halts: our encoding is wrong, not the row (rule 20)."""
     found = []
-    for data in (Packer([20]).pack([(7,)]), b"no COPY data at all"):  # the first: int8 where int4 is
+    for data in (packed([20], [(7,)]), b"no COPY data at all"):  # the first: int8 where int4 is
         with pytest.raises(Halt) as caught:
             await copy(conn, "id", data)
         found.append(code_of(caught.value))

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from consumerd import catalog, postgres
 from consumerd.config import HandlerConfig, PostgresConfig
 from consumerd.encode import Encoder
 from consumerd.errors import Halt
+from consumerd.sinks import upsert
+from consumerd.sinks.copy import CopyData, copy
 from consumerd.sinks.upsert import Upsert
 
 Row = tuple[Any, ...]
@@ -24,10 +28,8 @@ async def written(database: str, make: str, batches: Sequence[Sequence[Row]], ke
         sink = Upsert(table, table.columns[:2], (key,))
         async with postgres.transaction(conn):
             await sink.prepare(conn)
-            first = 0
             for rows in batches:
-                await sink.write(conn, sink.pack(rows, first), len(rows), first)
-                first += len(rows)
+                await sink.write(conn, sink.pack(rows, CopyData(alone=len(batches) == 1)))
         return await (await conn.execute("SELECT * FROM t ORDER BY 1, 2")).fetchall()
     finally:
         await conn.close()
@@ -38,6 +40,65 @@ async def test_the_last_of_a_key_wins(database: str) -> None:
     batches = [[(1, "a"), (2, "b"), (1, "c")], [(2, "d"), (3, "e")]]
     rows = await written(database, "CREATE TABLE t (id bigint PRIMARY KEY, v text)", batches)
     assert rows == [(1, "c"), (2, "d"), (3, "e")]
+
+
+async def test_new_keys_go_straight_into_the_table(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that are all new are copied straight; one that is there, or twice, has its batch merged, and those after."""
+    conn = await postgres.connect(PostgresConfig(dsn=database), "test")
+    ways: list[str] = []
+
+    async def seen(conn: psycopg.AsyncConnection[Any], statement: sql.Composed, data: CopyData) -> None:
+        ways.append("staged" if "consumerd_staging" in statement.as_string(conn) else "straight")
+        await copy(conn, statement, data)
+
+    monkeypatch.setattr(upsert, "copy", seen)
+    monkeypatch.setattr(upsert, "LEAST_DETOUR", 1)
+    expected: dict[int, str] = {}
+
+    async def write(*rows: tuple[int, str]) -> list[str]:
+        ways.clear()
+        async with postgres.transaction(conn):
+            await sink.write(conn, sink.pack(rows, CopyData()))
+        expected.update(rows)
+        assert await (await conn.execute("SELECT * FROM t ORDER BY id")).fetchall() == sorted(expected.items())
+        return ways
+
+    try:
+        await conn.execute("CREATE TABLE t (id bigint PRIMARY KEY, v text)")
+        table = await catalog.load(conn, "t", ("INSERT",))
+        sink = Upsert(table, table.columns, ("id",))
+        await sink.prepare(conn)
+        assert await write((1, "a"), (2, "b")) == ["straight"]
+        assert await write((3, "c"), (1, "d")) == ["straight", "staged"]
+        assert await write((4, "e")) == ["staged"]  # 1 write is the detour
+        assert await write((5, "f"), (5, "g")) == ["straight", "staged"]
+        assert await write((6, "h")) == ["staged"]
+        assert await write((7, "i")) == ["staged"]  # 2 after the second failure
+        assert await write((8, "j")) == ["straight"]
+        assert await write((8, "k")) == ["straight", "staged"]
+        assert await write((8, "l")) == ["staged"]
+        assert await write((9, "m")) == ["straight"]  # 1 again, after what succeeded
+    finally:
+        await conn.close()
+
+
+async def test_a_table_that_copy_cannot_write_to(database: str) -> None:
+    """COPY refuses a table with row-level security; the merge writes to it."""
+    owner = await postgres.connect(PostgresConfig(dsn=database), "test")
+    await owner.execute(
+        "CREATE TABLE t (id bigint PRIMARY KEY, v text); ALTER TABLE t ENABLE ROW LEVEL SECURITY;"
+        "CREATE POLICY all_rows ON t USING (true); GRANT ALL ON t TO pg_monitor"
+    )
+    table = await catalog.load(owner, "t", ("INSERT",))
+    sink = Upsert(table, table.columns, ("id",))
+    try:
+        await owner.execute("SET ROLE pg_monitor; GRANT ALL ON t TO pg_monitor")
+        await sink.prepare(owner)
+        async with postgres.transaction(owner):
+            await sink.write(owner, sink.pack([(1, "a"), (2, "b")], CopyData()))
+        assert await (await owner.execute("SELECT * FROM t ORDER BY id")).fetchall() == [(1, "a"), (2, "b")]
+    finally:
+        await owner.close()
 
 
 async def test_each_row_is_merged_once(database: str) -> None:

@@ -23,6 +23,7 @@ from consumerd.config import PostgresConfig
 from consumerd.errors import Poison, Refusal, Rejected
 from consumerd.formats.json import Field, decoder, refusal
 from consumerd.sinks.append import Append
+from consumerd.sinks.copy import CopyData
 
 EXAMPLES = 80
 SAME = """\
@@ -151,19 +152,20 @@ class Bench:
     def decode(self, literal: str) -> tuple[Any, ...] | Refusal:
         """Decode, as the encoder does."""
         try:
-            return self._decode(f'{{"v": {literal}}}'.encode())
+            (row,) = self._decode([f'{{"v": {literal}}}'.encode()])
         except (ValueError, RecursionError, Poison) as error:
             return refusal(error)
+        return row
 
     async def copy(self, row: tuple[Any, ...]) -> str:
         """COPY a row under a savepoint; the only error allowed is a refusal of the row."""
         try:
-            data = self._sink.pack([row])
+            data = self._sink.pack([row], CopyData())
         except Rejected:
             return REFUSED
         try:
             async with self.conn.transaction():
-                await self._sink.write(self.conn, data, 1)
+                await self._sink.write(self.conn, data)
         except psycopg.Error as error:
             meaning = postgres.translate(error, self.conn)
             assert isinstance(meaning, Rejected), meaning

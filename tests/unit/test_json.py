@@ -39,7 +39,8 @@ def field(
 
 def row(value: bytes | str, *fields: Field) -> tuple[Any, ...]:
     """Decode one value."""
-    return decoder(fields)(value.encode() if isinstance(value, str) else value)
+    (found,) = decoder(fields)([value.encode() if isinstance(value, str) else value])
+    return found
 
 
 def refused(value: bytes | str, *fields: Field) -> Refusal:

@@ -30,13 +30,15 @@ class Sink:
     async def prepare(self, conn: Any) -> None:  # noqa: ANN401
         """Need nothing."""
 
-    def pack(self, rows: Sequence[tuple[Any, ...]], first: int = 0) -> Any:  # noqa: ANN401, ARG002
+    def pack(self, rows: Sequence[tuple[Any, ...]], data: Any) -> Any:  # noqa: ANN401
         """Leave rows as they are."""
-        return rows
+        data.packed = [*(data.packed if data.rows else ()), *rows]
+        data.rows += len(rows)
+        return data
 
-    async def write(self, conn: Any, data: Any, rows: int, first: int = 0) -> None:  # noqa: ANN401, ARG002
+    async def write(self, conn: Any, data: Any) -> None:  # noqa: ANN401
         """Copy rows into the simulated table."""
-        await conn.execute(database.COPY, data)
+        await conn.execute(database.COPY, data.packed)
 
 
 class TextCheckpoints(Checkpoints):
@@ -109,6 +111,7 @@ def simulated() -> Iterator[None]:
         (asyncio, "run_coroutine_threadsafe", lambda answer, _: answer),
         (postgres, "connect", _connect),
         (postgres, "cut", _cut),
+        (postgres, "together", lambda _, statements: database.Together(tuple(statements))),
         (watch, "cut", _cut),
         (watch, "_unsent", lambda _: 0),
         (watch, "_hung_up", lambda conn: conn.was_cut or conn.backend.gone),

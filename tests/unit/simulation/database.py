@@ -75,14 +75,29 @@ class Refused(pg.CheckViolation):
         )
 
 
+@dataclass(frozen=True)
+class Together:
+    """Statements said in one round trip."""
+
+    statements: tuple[tuple[Any, Any], ...]
+
+
 class Cursor:
-    """What a statement answers."""
+    """What a statement answers, or several one after the other."""
 
     description = True
 
-    def __init__(self, rows: Rows, statusmessage: str) -> None:
+    def __init__(self, rows: Rows, statusmessage: str, more: Sequence[Rows] = ()) -> None:
         self._rows = rows
+        self._more = deque(more)
         self.statusmessage = statusmessage
+
+    def nextset(self) -> bool | None:
+        """Go on to the next statement's answer."""
+        if not self._more:
+            return None
+        self._rows = self._more.popleft()
+        return True
 
     async def fetchone(self) -> tuple[Any, ...] | None:
         """Return the first row."""
@@ -270,6 +285,8 @@ class Database:
         backend.answer = answer
         errors: dict[str | None, psycopg.Error] = {"cancelled": pg.QueryCanceled(), "deadlock": pg.DeadlockDetected()}
         if fault in errors and query != "ROLLBACK":
+            if isinstance(query, Together):  # it had begun
+                self._simple(backend, *query.statements[0])
             self._done(backend, errors[fault])
         else:
             backend.statement = self._run(backend, query, values)
@@ -338,6 +355,12 @@ class Database:
     def _run(self, backend: Backend, query: Any, values: Any) -> Generator[TopicPartition, None, Rows]:  # noqa: ANN401
         """Run a statement; it yields the rows that it wants to lock."""
         transaction = backend.transaction
+        if isinstance(query, Together):
+            answers: Rows = []
+            for one, its in query.statements:
+                answer = yield from self._run(backend, one, its)
+                answers.append((answer,))
+            return answers
         if query in {"COMMIT", "ROLLBACK"}:
             if query == "COMMIT" and transaction is not None and not transaction.failed:
                 self._commit(transaction)
@@ -386,6 +409,8 @@ class Database:
             return self._end_blockers(values["pid"], values["ours"])
         elif query == postgres._HISTORY:
             return [("00000001", "1")]
+        elif query.startswith("SELECT generate_series"):
+            return [(move,) for move in range(values["moves"])]
         elif "pg_current_xact_id" in query and backend.transaction is not None:
             return [(str(backend.transaction.number),)]
         elif "pg_xact_status" in query:
@@ -485,5 +510,8 @@ def _deliver(waiter: asyncio.Future[Cursor], result: Rows | psycopg.Error, query
         return
     if isinstance(result, psycopg.Error):
         waiter.set_exception(result)
+    elif isinstance(query, Together):
+        first, *others = [answer for (answer,) in result]
+        waiter.set_result(Cursor(first, "", others))
     else:
         waiter.set_result(Cursor(result, result[0][0] if query in {"COMMIT", "ROLLBACK"} else ""))
