@@ -1,8 +1,9 @@
 """Gathers messages into batches, per partition. Pure: the time is passed in, nothing is awaited.
 
 Each partition is a queue of chunks (what one `consume()` brought for it). A batch is cut from the queue's front only
-when somebody takes it, so it grows by itself while all connections are busy. A partition whose batch is out is not
-taken again before `done()`: its batches are written in offset order, one at a time.
+when somebody takes it, so it grows by itself while all connections are busy; and whoever takes one for its age takes
+along what others hold, as far as it fits into one write: a trickle in many partitions is few transactions. A partition
+whose batch is out is not taken again before `done()`: its batches are written in offset order, one at a time.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ MESSAGE_OVERHEAD = 400
 (measured as resident memory per message of 100,000 buffered ones: 250 to 390)."""
 HEADER_OVERHEAD = 100
 """Bytes that a header costs beside its name and value (measured: 60 to 80)."""
+WRITES = 8
+"""Writes that the expected time of the next is an average of, the newer ones weighing more."""
 SAMPLE = 32
 """Of so many messages one is asked for its key and headers, which takes 0.2 microseconds, and 1.5 for each header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Upper bounds of a batch. `max_age` in seconds, from the arrival of its first message."""
+    """Upper bounds of a batch. `max_age` in seconds, from the arrival of its first message to its commit."""
 
     max_messages: int
     max_bytes: int
@@ -171,6 +174,8 @@ class Accumulator:
         self.messages = 0
         """Messages held, batches that are out included."""
         self._size = 0
+        self._write_time = 0.0
+        """Seconds that a write takes, lately: batches close so much before they reach their age."""
 
     @property
     def memory(self) -> int:
@@ -220,26 +225,35 @@ class Accumulator:
     def take(self, now: float, *, pressure: bool = False) -> list[Batch]:
         """Cut the batches of one write: those that are due, the oldest first, together within the bounds.
 
-        Under memory pressure everything is due.
+        Others go along with one that is due by its age. Under memory pressure everything is due.
         """
-        due = [
-            (since, partition, queue, reason)
+        waiting = [
+            (reason is None, since, partition, queue, reason)
             for partition, queue in self._queues.items()
-            if (since := queue.since) is not None and (reason := self._due(queue, now, pressure=pressure))
+            if (since := queue.since) is not None
+            for reason in [self._due(queue, now, pressure=pressure)]
         ]
-        due.sort(key=lambda entry: entry[:2])
+        waiting.sort(key=lambda entry: entry[:3])
+        if not waiting or (first_reason := waiting[0][-1]) is None:
+            return self._take_tails(now)
         batches: list[Batch] = []
         messages = size = 0
-        for _, partition, queue, reason in due:
+        for _, _, partition, queue, reason in waiting:
+            if reason is None and first_reason != "age":
+                break
             if batches and (
                 messages + queue.messages > self._bounds.max_messages or size + queue.size > self._bounds.max_bytes
             ):
                 break
-            batch = queue.out = self._next(partition, queue, reason)
+            batch = queue.out = self._next(partition, queue, reason or first_reason)
             batches.append(batch)
             messages += len(batch.messages)
             size += batch.size
-        return batches or self._take_tails(now)
+        return batches
+
+    def took(self, seconds: float) -> None:
+        """Take note of how long a write took."""
+        self._write_time += (seconds - self._write_time) / WRITES
 
     def done(self, batch: Batch) -> None:
         """Forget a batch that was taken. One of a partition closed since then is forgotten already."""
@@ -259,7 +273,7 @@ class Accumulator:
     def next_due(self) -> float | None:
         """Return when the oldest gathered batch reaches `max_age`; None if nothing waits for that."""
         arrived = [since for queue in self._queues.values() if (since := queue.since) is not None]
-        return min(arrived) + self._bounds.max_age if arrived else None
+        return min(arrived) + self._age if arrived else None
 
     def holds(self, partitions: Iterable[TopicPartition]) -> bool:
         """Whether any of these has messages that are not written."""
@@ -282,6 +296,11 @@ class Accumulator:
             return first.messages[0]
         return queue.chunks[0].messages[0] if queue.chunks else None
 
+    @property
+    def _age(self) -> float:
+        """Seconds from a message's arrival after which its batch closes, to be committed within `max_age`."""
+        return self._bounds.max_age - min(self._write_time, self._bounds.max_age / 2)
+
     def _due(self, queue: _Queue, now: float, *, pressure: bool) -> FlushReason | None:
         if queue.rest:
             return queue.rest[0].reason
@@ -289,7 +308,7 @@ class Accumulator:
             return "messages"
         if queue.size >= self._bounds.max_bytes:
             return "bytes"
-        if now - queue.chunks[0].arrived >= self._bounds.max_age:
+        if now - queue.chunks[0].arrived >= self._age:
             return "age"
         return queue.hurry or ("pressure" if pressure else None)
 
