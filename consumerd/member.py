@@ -252,11 +252,11 @@ class Member:
         commits = []
         for batch, lease in work:
             lease.next_offset = batch.next_offset
-            if not batch.messages and self._positions.get(batch.partition) == batch.first_offset:
-                self._positions[batch.partition] = batch.next_offset
             lease.max_offset = max(lease.max_offset, batch.next_offset)
             self._batches.done(batch)
-            if self.assignment.leases.get(batch.partition) is lease:
+            if self.assignment.leases.get(batch.partition) is lease:  # else it is gone, or came back since
+                if not batch.messages and self._positions.get(batch.partition) == batch.first_offset:
+                    self._positions[batch.partition] = batch.next_offset
                 commits.append(self.assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
             self.progress.written(batch, seconds)
             if batch.leader_epoch is not None:
