@@ -1,9 +1,10 @@
 """Gathers messages into batches, per partition. Pure: the time is passed in, nothing is awaited.
 
 Each partition is a queue of chunks (what one `consume()` brought for it). A batch is cut from the queue's front only
-when somebody takes it, so it grows by itself while all connections are busy; and whoever takes one for its age takes
-along what others hold, as far as it fits into one write: a trickle in many partitions is few transactions. A partition
-whose batch is out is not taken again before `done()`: its batches are written in offset order, one at a time.
+when somebody takes it: one that is half full goes to a connection that is free, and grows to its bounds while all are
+busy. Whoever takes one for its age takes along what others hold, as far as it fits into one write: a trickle in many
+partitions is few transactions. A partition whose batch is out is not taken again before `done()`: its batches are
+written in offset order, one at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Bounds:
     max_messages: int
     max_bytes: int
     max_age: float
+
+    def reached(self, messages: int, size: int) -> FlushReason | None:
+        """Return which bound makes a batch due: half of it does, for who asks is free and would else be idle."""
+        if 2 * messages >= self.max_messages:
+            return "messages"
+        return "bytes" if 2 * size >= self.max_bytes else None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -188,7 +195,7 @@ class Accumulator:
         self._queues[partition] = _Queue()
 
     def add(self, partition: TopicPartition, messages: list[Message], size: int, now: float) -> bool:
-        """Gather what one `consume()` brought for an open partition; True when its batch has reached a bound."""
+        """Gather what one `consume()` brought for an open partition; True when its batch is due for its size."""
         queue = self._queues[partition]
         queue.tail = None
         queue.chunks.append(_Chunk(messages, size, now))
@@ -196,9 +203,7 @@ class Accumulator:
         queue.size += size
         self.messages += len(messages)
         self._size += size
-        return queue.out is None and (
-            queue.messages >= self._bounds.max_messages or queue.size >= self._bounds.max_bytes
-        )
+        return queue.out is None and self._bounds.reached(queue.messages, queue.size) is not None
 
     def tail(self, partition: TopicPartition, start: int, end: int) -> None:
         """Make due a batch without messages, if the partition has none: its log ends with offsets that hold none."""
@@ -304,10 +309,8 @@ class Accumulator:
     def _due(self, queue: _Queue, now: float, *, pressure: bool) -> FlushReason | None:
         if queue.rest:
             return queue.rest[0].reason
-        if queue.messages >= self._bounds.max_messages:
-            return "messages"
-        if queue.size >= self._bounds.max_bytes:
-            return "bytes"
+        if reason := self._bounds.reached(queue.messages, queue.size):
+            return reason
         if now - queue.chunks[0].arrived >= self._age:
             return "age"
         return queue.hurry or ("pressure" if pressure else None)
@@ -383,6 +386,8 @@ class Accumulator:
         """Return how many of a chunk's first messages keep within both bounds."""
         if len(chunk.messages) <= messages and chunk.size <= size:
             return len(chunk.messages)
+        if chunk.size <= size:
+            return messages
         beside = max(0, chunk.size - sum(map(len, chunk.messages))) // len(chunk.messages)
         fits = 0
         for message in chunk.messages[:messages]:

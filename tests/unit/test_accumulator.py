@@ -85,10 +85,11 @@ def test_nothing_due() -> None:
 
 
 def test_bound_by_messages() -> None:
-    """A batch is due at max_messages and never holds more; the rest waits for its turn."""
+    """A batch is due at half of max_messages and never holds more than that; the rest waits for its turn."""
     it = gathered(Bounds(max_messages=3, max_bytes=1000, max_age=9.0), A)
-    assert add(it, A, fakes(0, 2)) is False
-    assert add(it, A, fakes(2, 5)) is True
+    assert add(it, A, fakes(0, 1)) is False
+    assert it.take(0.0) == []
+    assert add(it, A, fakes(1, 6)) is True
     (first,) = it.take(0.0)
     assert ([0, 1, 2], 3, "messages") == ([m.offset() for m in first.messages], first.size, first.reason)
     it.done(first)
@@ -101,10 +102,11 @@ def test_bound_by_messages() -> None:
 
 
 def test_bound_by_bytes() -> None:
-    """A batch is due at max_bytes and is cut before the message that would pass them."""
+    """A batch is due at half of max_bytes and is cut before the message that would pass them."""
     it = gathered(Bounds(max_messages=100, max_bytes=10, max_age=9.0), A)
-    assert add(it, A, fakes(0, 3, size=3)) is False
-    assert add(it, A, fakes(3, 2, size=3)) is True
+    assert add(it, A, fakes(0, 1, size=3)) is False
+    assert it.take(0.0) == []
+    assert add(it, A, fakes(1, 4, size=3)) is True
     (first,) = it.take(0.0)
     assert (offsets([first]), first.size, first.reason) == ([(0, [0, 1, 2])], 9, "bytes")
 

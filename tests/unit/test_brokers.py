@@ -3,7 +3,7 @@
 import pytest
 from confluent_kafka import Consumer
 
-from consumerd.brokers import MAX_FETCH, POLL_INTERVAL_MS, consumer_config
+from consumerd.brokers import FETCHED_PARTITIONS, MAX_FETCH, POLL_INTERVAL_MS, consumer_config
 from consumerd.config import KafkaConfig
 
 MIB = 1 << 20
@@ -13,9 +13,9 @@ MIB = 1 << 20
     ("memory", "queued_kbytes", "queued_messages", "fetch"),
     [
         (64 * MIB, 64 * 1024, 16_384, MAX_FETCH),
-        (8 * MIB, 8 * 1024, 2_048, 256 * 1024),
-        (2 * MIB, 2 * 1024, 512, 64 * 1024),
-        (1, 1, 1, 1024),
+        (8 * MIB, 8 * 1024, 2_048, MIB),
+        (2 * MIB, 2 * 1024, 512, 256 * 1024),
+        (1, 1, 1, 8 * 1024),
     ],
 )
 def test_limits(memory: int, queued_kbytes: int, queued_messages: int, fetch: int) -> None:
@@ -23,7 +23,8 @@ def test_limits(memory: int, queued_kbytes: int, queued_messages: int, fetch: in
     config = consumer_config(KafkaConfig.model_validate({"bootstrap_servers": "localhost:9092"}), "group", memory)
     assert config["queued.max.messages.kbytes"] == queued_kbytes
     assert config["queued.min.messages"] == queued_messages
-    assert config["fetch.max.bytes"] == config["fetch.message.max.bytes"] == fetch
+    assert config["fetch.max.bytes"] == config["message.max.bytes"] == fetch
+    assert config["fetch.message.max.bytes"] == fetch // FETCHED_PARTITIONS
     Consumer(config).close()
 
 
