@@ -22,8 +22,9 @@ ROW_COPIES = 2
 """Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY."""
 ROW_OVERHEAD = 600
 """Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
-BATCHES_PER_CONNECTION = 2
-"""Full batches to hold for each connection: the one being written, and the next. More is memory for nothing."""
+BATCHES_PER_CONNECTION = 3
+"""Full batches to hold for each connection: the one being written, the next, and one more, for partitions come by turns.
+With one, connections had nothing to write a third of the time (seen); a fourth is memory for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
