@@ -23,7 +23,7 @@ ROW_COPIES = 2
 ROW_OVERHEAD = 600
 """Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
 BATCHES_PER_CONNECTION = 3
-"""Full batches to hold for each connection: the one being written, the next, and one more, for partitions come by turns.
+"""Full batches to hold for each connection: the one being written, the next, and one more: partitions come by turns.
 With one, connections had nothing to write a third of the time (seen); a fourth is memory for nothing."""
 
 
