@@ -2,7 +2,8 @@
 
 valgrind's callgrind counts what the interpreter and its libraries execute, so a busy machine moves nothing. Both trees
 are copied to paths of the same length, hashes are fixed, and the collector of cyclic garbage is off: what differs is
-the code. Status 1 when a step costs more than it may; 2 when nothing can be compared.
+the code. The earlier commit is counted by the steps of now or, where its functions were called otherwise, by its own.
+Status 1 when a step costs more than it may; 2 when nothing can be compared.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from tests.bench.guard_steps import STEPS
 from tests.bench.stage import SIX
@@ -26,7 +28,7 @@ TOLERANCE = 3.0
 NOISE = 20.0
 """Instructions per row that count for nothing: what it costs to grow a list depends on where it happens to lie."""
 REPOSITORY = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("guard_steps.py")
+SCRIPT = Path("tests/bench/guard_steps.py")
 REPORT = REPOSITORY / "build/bench/guard.json"
 
 
@@ -56,12 +58,18 @@ def main() -> None:
 
 def count(tree: Path, messages: Path) -> dict[str, float]:
     """Return the instructions per row of each step, and of all."""
-    command = [sys.executable, "-P", str(SCRIPT), str(messages)]
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}
-    _run(command, env, f"the steps do not run in {tree.name}")  # quick to fail, and compiles the modules
+    error = ""
+    for script in (REPOSITORY / SCRIPT, tree / SCRIPT):
+        command = [sys.executable, "-P", str(script), str(messages)]
+        if script.exists() and not (error := _run(command, env)):  # quick to fail, and compiles the modules
+            break
+    else:
+        _give_up(f"the steps do not run in {tree.name}:\n{error}")
     counts = tree / "counts"
     valgrind = ["valgrind", "--tool=callgrind", "--dump-before=getloadavg", f"--callgrind-out-file={counts}"]
-    _run([*valgrind, *command], env, "valgrind cannot run Python")
+    if error := _run([*valgrind, *command], env):
+        _give_up(f"valgrind cannot run Python:\n{error}")
     dumps = [counts.with_suffix(f".{number}") for number in range(1, 2 * len(STEPS) + 3)]
     missing = [dump.name for dump in dumps if not dump.exists()]
     if missing:
@@ -81,9 +89,9 @@ def compare(was: dict[str, float], now: dict[str, float], ref: str) -> list[str]
 
 
 def _export(ref: str, tree: Path) -> None:
-    """Put the daemon as it was into a folder."""
+    """Put a commit into a folder."""
     tree.mkdir()
-    git = ["git", "-C", str(REPOSITORY), "archive", ref, "consumerd"]
+    git = ["git", "-C", str(REPOSITORY), "archive", ref]
     archive = subprocess.run(git, capture_output=True, check=False)
     if archive.returncode:
         _give_up(f"{ref} cannot be read: {archive.stderr.decode().strip()}")
@@ -94,13 +102,13 @@ def _total(dump: Path) -> int:
     return next(int(line.split()[1]) for line in dump.read_text().splitlines() if line.startswith("totals:"))
 
 
-def _run(command: list[str], env: dict[str, str], sentence: str) -> None:
+def _run(command: list[str], env: dict[str, str]) -> str:
+    """Run a command, and return what it complained of if it failed."""
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        _give_up(f"{sentence}:\n{done.stderr[-2000:]}")
+    return done.stderr[-2000:] or f"status {done.returncode}" if done.returncode else ""
 
 
-def _give_up(sentence: str) -> None:
+def _give_up(sentence: str) -> NoReturn:
     print(sentence, file=sys.stderr)
     raise SystemExit(2)
 

@@ -20,7 +20,8 @@ from consumerd.catalog import Column, Table
 from consumerd.config import HandlerConfig
 from consumerd.encode import Encoder
 from consumerd.kafka import ConsumerThread
-from consumerd.sinks.copy import Packer
+from consumerd.sinks.append import Append
+from consumerd.sinks.copy import CopyData
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Core:
             {"name": TOPIC, "path": Path(TOPIC), "topics": [TOPIC], "table": {"name": TOPIC, "write": "append"}}
         )
         self._encoder = Encoder(table, handler)
-        self._packer = Packer(column.oid for column in self._encoder.columns)
+        self._sink = Append(table, self._encoder.columns)
         self._partitions = {TopicPartition(TOPIC, number) for number in range(PARTITIONS)}
 
     def deliver(self, messages: list[Message]) -> Told:
@@ -87,13 +88,19 @@ class Core:
                 accumulator.done(batch)
         return batches
 
-    def decode(self, batches: list[Batch]) -> list[Rows]:
-        """Make rows of batches."""
-        return [self._encoder.encode(batch) for batch in batches]
+    def decode(self, batches: list[Batch]) -> list[list[Rows]]:
+        """Make rows of batches, slice by slice."""
+        return [list(self._encoder.slices(batch)) for batch in batches]
 
-    def pack(self, encoded: list[Rows]) -> list[bytearray]:
-        """Make COPY data of rows."""
-        return [self._packer.pack(rows.rows) for rows in encoded]
+    def pack(self, encoded: list[list[Rows]]) -> list[CopyData]:
+        """Make a COPY's data of each batch's rows."""
+        packed = []
+        for slices in encoded:
+            data = CopyData()
+            for rows in slices:
+                self._sink.pack(rows.rows, data)
+            packed.append(data)
+        return packed
 
 
 def message(number: int, value: bytes) -> Message:
@@ -117,7 +124,7 @@ def main() -> None:
         os.getloadavg()
         packed = path.pack(encoded)
         os.getloadavg()
-        assert sum(len(each.rows) for each in encoded) == len(values)
+        assert sum(data.rows for data in packed) == len(values)
         del messages, chunks, batches, encoded, packed
         os.getloadavg()
 
