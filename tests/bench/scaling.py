@@ -3,7 +3,8 @@
 Each point carries about 100 MB or 500,000 rows, whichever is less, and stands next to one raw COPY of the same rows in
 the same run. A point's time is from the first message that a daemon was handed to the commit of the last row: of so
 few batches many are under way at the first commit, and from there a speed would come out too high. So the end is in it,
-where partitions that are left keep fewer connections busy.
+where partitions that are left keep fewer connections busy. Batches may wait 100 ms only, or the last ones, which are
+not full, would wait long for a run that short; "written" says how many rows a transaction had.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ROWS, BYTES = 500_000, 100_000_000
 """What a point carries at most."""
+MAX_AGE = "100ms"
 WARM_UP = 200_000
 """Messages that go the path before any point is measured."""
 JOIN_DELAY_MS = 3_000
@@ -50,6 +52,8 @@ class Point:
     partitions: int = 6
     batch: int = 20_000
     connections: int = 4
+    memory: str = "512MiB"
+    """The daemon's `max_buffered`."""
     shape: Shape = SIX
 
 
@@ -84,7 +88,7 @@ DIMENSIONS: dict[str, dict[str, Point]] = {
     "bytes": {str(n): Point(shape=sized(n)) for n in (100, 1_000, 10_000, 100_000)},
     "columns": {str(n): Point(shape=wide(n)) for n in (3, 6, 30, 100)},
     "batch x connections": {
-        f"{batch} x {connections}": Point(batch=batch, connections=connections)
+        f"{batch} x {connections}": Point(batch=batch, connections=connections, memory="1GiB")
         for batch in (1_000, 5_000, 20_000, 50_000)
         for connections in (1, 2, 4, 8)
     },
@@ -99,6 +103,8 @@ class Scaled:
     daemon: float
     postgres: float
     peak: float
+    written: float
+    """Rows of a transaction."""
 
 
 def measure(stage: Stage, point: Point, topic: str, count: int) -> Scaled:
@@ -108,7 +114,8 @@ def measure(stage: Stage, point: Point, topic: str, count: int) -> Scaled:
     for table in tables:
         stage.make_table(table, point.shape)
     handlers = {table: _handler(point, topic, table) for table in tables}
-    runs = [Daemon(config_of(stage, f"{name}_p{number}", handlers)) for number in range(point.processes)]
+    bound = {"max_buffered": point.memory}
+    runs = [Daemon(config_of(stage, f"{name}_p{number}", handlers, bound)) for number in range(point.processes)]
     total = count * point.handlers
     with ExitStack() as running:
         conn = running.enter_context(psycopg.connect(stage.postgres.dsn, autocommit=True))
@@ -124,11 +131,19 @@ def measure(stage: Stage, point: Point, topic: str, count: int) -> Scaled:
         peak = sum(run.memory("VmHWM") for run in runs)
         for run in runs:
             run.stop()
-    for table in tables:
-        if (found := stage.rows(table)) != count:
-            raise SystemExit(f"{table} has {found} rows of {count}")
-        stage.postgres.execute(f"DROP TABLE {table}")
-    return Scaled(rate=total / took, daemon=daemon / total * 1e9, postgres=postgres / total * 1e9, peak=peak)
+    writes = sum(_settled(stage, table, count) for table in tables)
+    per_row = {"daemon": daemon / total * 1e9, "postgres": postgres / total * 1e9}
+    return Scaled(rate=total / took, peak=peak, written=total / writes, **per_row)
+
+
+def _settled(stage: Stage, table: str, rows: int) -> int:
+    """Drop a table that has all its rows, and return in how many transactions they came."""
+    with psycopg.connect(stage.postgres.dsn, autocommit=True) as conn:
+        ((found, writes),) = conn.execute(f"SELECT count(*), count(DISTINCT xmin::text) FROM {table}").fetchall()
+        if found != rows:
+            raise SystemExit(f"{table} has {found} rows of {rows}")
+        conn.execute(f"DROP TABLE {table}")
+    return int(writes)
 
 
 def _handler(point: Point, topic: str, table: str) -> dict[str, Any]:
@@ -137,7 +152,7 @@ def _handler(point: Point, topic: str, table: str) -> dict[str, Any]:
         "group_id": table,
         "table": {"name": table, "write": "append"},
         "max_connections": point.connections,
-        "batch": {"max_messages": point.batch},
+        "batch": {"max_messages": point.batch, "max_age": MAX_AGE},
     }
 
 
@@ -169,7 +184,7 @@ def curve(stage: Stage, points: Mapping[str, Point], rounds: int) -> Iterator[di
         seen |= {"megabytes": seen["rate"] * size / 1e6, "ratio": statistics.median(ratios)}
         print(
             f"{label:20}{seen['rate']:10,.0f}{seen['megabytes']:7.0f}{seen['ratio']:7.2f}"
-            f"{seen['daemon']:9,.0f}{seen['postgres']:9,.0f}{seen['peak']:7.0f}",
+            f"{seen['daemon']:9,.0f}{seen['postgres']:9,.0f}{seen['peak']:7.0f}{seen['written']:9,.0f}",
             flush=True,
         )
         yield {"label": label, "batch": point.batch, "connections": point.connections, **seen}
@@ -199,7 +214,8 @@ def main() -> None:
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     for name in options.dimensions or DIMENSIONS:
-        print(f"\n{name:20}{'rows/s':>10}{'MB/s':>7}{'ratio':>7}{'daemon':>9}{'Postgres':>9}{'MiB':>7}", flush=True)
+        head = f"{'rows/s':>10}{'MB/s':>7}{'ratio':>7}{'daemon':>9}{'Postgres':>9}{'MiB':>7}{'written':>9}"
+        print(f"\n{name:20}{head}", flush=True)
         with warm_stage(name) as here:
             report[name] = list(curve(here, DIMENSIONS[name], options.rounds))
         REPORT.write_text(json.dumps(report, indent=1), encoding="utf-8")
