@@ -1,7 +1,7 @@
 # Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
 # configuration (index, proxy, certificates) from where it always does.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench chaos chaos-long chaos-mutants lock clean
+.PHONY: demo test lint bench bench-guard chaos chaos-long chaos-mutants lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -26,6 +26,10 @@ lint: .venv/.dev-installed  ## ruff, mypy, the rules of import
 
 bench: .venv/.dev-installed  ## rows/s, next to a raw COPY
 	@$(BIN)/python -m tests.bench
+
+# REF=... compares with another commit than the last but one.
+bench-guard: .venv/.dev-installed  ## instructions per row of the pure core, next to the commit before (needs valgrind)
+	@$(BIN)/python -m tests.bench.guard $(REF)
 
 # SEED=... repeats a run. The same command goes on with a run that was interrupted.
 CHAOS = $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --report
