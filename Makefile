@@ -1,7 +1,7 @@
 # Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
 # configuration (index, proxy, certificates) from where it always does.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench chaos chaos-long chaos-mutants lock clean
+.PHONY: demo test lint bench bench-peers chaos chaos-long chaos-mutants lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -26,6 +26,10 @@ lint: .venv/.dev-installed  ## ruff, mypy, the rules of import
 
 bench: .venv/.dev-installed  ## rows/s, next to a raw COPY
 	@$(BIN)/python -m tests.bench
+
+bench-peers: .venv/.dev-installed  ## rows/s, next to other ways to carry a topic into a table
+	@echo "Fetching the peers (the first run takes a few minutes), then measuring for half an hour"
+	@$(BIN)/python -m tests.bench.peers
 
 # SEED=... repeats a run. The same command goes on with a run that was interrupted.
 CHAOS = $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --report

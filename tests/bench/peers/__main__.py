@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from tests.bench.carry import carry
 from tests.bench.peers import connect, scripts
-from tests.bench.peers.race import PARTITIONS, Peer, Result, Unavailable, held, race
-from tests.bench.stage import SIX, stage
+from tests.bench.peers.race import LIMIT, PARTITIONS, SETTINGS, Peer, Result, Unavailable, account, race
+from tests.bench.stage import stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,10 +77,18 @@ def _daemon(here: Stage, write: str, count: int) -> Result:
     table = f"{DAEMON}_{write}"
     here.make_table(table)
     run = carry(here, count, "bench", table, WRITES[write])
-    rows, right = held(here, table)
-    print(f"{DAEMON}, {write}: {run.rate:,.0f} rows/s, {rows} rows", flush=True)
-    figures = {name: asdict(run)[name] for name in ("rate", "postgres", "broker", "peak", "first")}
-    return Result(peer=run.daemon, rows=rows, right=right, **figures)
+    held = account(here, table)
+    print(f"{DAEMON}, {write}: {held.rate:,.0f} rows/s, {held.rows} rows", flush=True)
+    return Result(
+        rate=held.rate,
+        peer=run.daemon,
+        postgres=run.postgres,
+        broker=run.broker,
+        peak=run.peak,
+        first=run.first,
+        rows=held.rows,
+        right=held.right,
+    )
 
 
 def main() -> None:
@@ -94,7 +102,7 @@ def main() -> None:
         arguments.error(f"no such peer: {', '.join(sorted(unknown))}")
     seen = Seen()
     peers = _installed([PEERS[name] for name in options.peers or PEERS], seen)
-    with stage() as here:
+    with stage(SETTINGS) as here:
         size = here.fill("bench", options.messages, PARTITIONS) / options.messages
         if any(peer.topic == connect.TOPIC for peer in peers):
             here.fill(connect.TOPIC, options.messages, PARTITIONS, connect.WithText())
@@ -142,9 +150,9 @@ def _line(seen: Seen, name: str, write: str, count: int) -> str:
     used = "".join(f"{seen.median(name, write, what):{width}.0f}" for what, width in (("peer", 8), ("postgres", 9)))
     worst = min(seen.runs[name, write], key=lambda run: run.right)
     notes = [
-        "" if worst.rows == count else f"{count - worst.rows} lost",
-        "" if worst.right == worst.rows else f"{worst.rows - worst.right} not as sent",
-        "" if goal is None or seen.ratio(name, write) >= goal else "goal not reached",
+        f"stopped after {LIMIT} s" if worst.stopped else f"{count - worst.rows} lost" if worst.rows < count else "",
+        f"{worst.rows - worst.right} not as sent" if worst.right < worst.rows else "",
+        "goal not reached" if goal and seen.ratio(name, write) < goal else "",
     ]
     return (
         f"{name:13}{write:8}{seen.median(name, write, 'rate'):9,.0f}{ratio:>11}{f'>= {goal:g}' if goal else '':>8}"

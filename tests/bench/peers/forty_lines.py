@@ -23,7 +23,7 @@ def copy(cursor: psycopg.Cursor[Any], table: str, records: Iterable[dict[str, An
             rows.write_row((r["id"], r["ts"], r["n"], r["name"], r["d"], orjson.dumps(r["o"]).decode()))
 
 
-def main(bootstrap: str, topic: str, group: str, dsn: str, table: str, write: str) -> None:
+def main(bootstrap: str, topic: str, group: str, dsn: str, table: str, write: str) -> None:  # noqa: PLR0917 - argv
     """Carry the topic, for ever."""
     settings = {"bootstrap.servers": bootstrap, "group.id": group, "auto.offset.reset": "earliest"}
     consumer = Consumer({**settings, "enable.auto.commit": False})

@@ -1,4 +1,8 @@
-"""One run of a peer over a topic that is there, as a process of its own, and what it took: as carry.py for the daemon."""
+"""One run of a peer over a topic that is there, as a process of its own, and what it took: as carry.py for the daemon.
+
+Postgres keeps the time of each commit (`track_commit_timestamp`), so the rows themselves tell afterwards when the first
+and the last of them came, and nobody counts them while a peer runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from tests.bench.carry import LIMIT, LOOK, cpu
+from tests.bench.carry import cpu
 from tests.servers.process import Process, wait_until
 
 if TYPE_CHECKING:
@@ -24,10 +28,16 @@ BUILD = Path("build/peers").absolute()
 """What is fetched for peers, once."""
 REPORT = Path("build/bench/peers").absolute()
 """The logs of their runs."""
+SETTINGS = {"track_commit_timestamp": "on"}
+"""What Postgres needs."""
 FIRST = 120
-"""Seconds from a peer's start in which its first rows must be there."""
-STALL = 60
-"""Seconds without a new page in its table after which a peer has written all that it will."""
+"""Seconds from a peer's start in which its table must begin to grow."""
+LIMIT = 60
+"""Seconds from then on after which a peer is stopped, so that a slow one does not hold the others up."""
+STALL = 15
+"""Seconds without growth after which a peer has written all that it will."""
+LOOK = 1.0
+"""Seconds between two looks at how far a peer is."""
 EXIT = 30
 """Seconds that what it started has to be gone after it."""
 
@@ -71,28 +81,40 @@ class Peer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run took. Times per row in nanoseconds of a core, from the first rows to the last; memory in MiB."""
+class Held:
+    """What a table holds after a run."""
 
-    rate: float = 0.0
-    """Rows/s, from the first rows in the table to the last."""
-    peer: float = 0.0
-    postgres: float = 0.0
-    broker: float = 0.0
-    peak: float = 0.0
-    first: float = 0.0
-    """Seconds from the process's start to the first rows."""
-    rows: int = 0
-    """In the table at the end."""
-    right: int = 0
+    rows: int
+    right: int
     """Rows that hold what was sent."""
+    rate: float
+    """Rows/s, from the commit of the first rows to that of the last."""
+    begun: float
+    """When the first rows came, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run took. Times per row in nanoseconds of a core, while the table grew; memory in MiB."""
+
+    rate: float
+    peer: float
+    postgres: float
+    broker: float
+    peak: float
+    first: float
+    """Seconds from the process's start to the first rows."""
+    rows: int
+    right: int
+    stopped: bool = False
+    """It was not done when its time was up."""
 
 
 def race(stage: Stage, peer: Peer, write: str, count: int) -> Result:
     """Have a peer write a topic into an empty table, in a group of its own; Unavailable when no row came."""
     table = f"{peer.name.replace('-', '_')}_{write}"
     stage.make_table(table)
-    folder = stage.folder / f"{table}-{time.time_ns()}"
+    folder = stage.folder / table
     folder.mkdir()
     REPORT.mkdir(parents=True, exist_ok=True)
     log = REPORT / f"{table}.log"
@@ -100,7 +122,7 @@ def race(stage: Stage, peer: Peer, write: str, count: int) -> Result:
     job = Job(
         bootstrap=stage.kafka.bootstrap,
         topic=peer.topic,
-        group=folder.name,
+        group=f"{table}-{time.time_ns()}",
         dsn=stage.postgres.dsn,
         table=table,
         write=write,
@@ -109,100 +131,88 @@ def race(stage: Stage, peer: Peer, write: str, count: int) -> Result:
     with psycopg.connect(stage.postgres.dsn, autocommit=True) as conn:
         for statement in peer.table(write):
             conn.execute(statement.format(table=table).encode())
-        conn.execute("SET enable_seqscan = off")  # asked while statistics are still those of an empty table
-        begun = time.perf_counter()
+        begun = time.time()
         process = Process(peer.command(job), log, cwd=folder, env=peer.env)
         try:
-            return _watch(stage, conn, process, (table, peer.key), count, begun)
+            pids = {"peer": process.pid, "postgres": stage.postgres.pid, "broker": stage.kafka.pid}
+            _await_first(conn, process, table)
+            before = {name: cpu(pid) for name, pid in pids.items()}
+            stopped = _await_last(conn, process, table, count)
+            used = {name: cpu(pid) - before[name] for name, pid in pids.items()}
+            peak = sum(_peak(pid) for pid in _tree(process.pid))
         finally:
             _end(process)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _watch(  # noqa: PLR0917 - whom and where
-    stage: Stage,
-    conn: psycopg.Connection[Any],
-    process: Process,
-    where: tuple[str, str],
-    count: int,
-    begun: float,
-) -> Result:
-    pids = {"peer": process.pid, "postgres": stage.postgres.pid, "broker": stage.kafka.pid}
-    first, rows = _first(conn, process, where[0])
-    used = {name: cpu(pid) for name, pid in pids.items()}
-    last = _last(conn, process, where, count)
-    took = {name: cpu(pid) - used[name] for name, pid in pids.items()}
-    peak = sum(_peak(pid) for pid in tree(process.pid))
-    _end(process)  # what it does on is no longer counted, and not waited for
-    at_end, right = _held(conn, *where)
-    written = at_end - rows
-    per_row = {name: seconds / written * 1e9 if written else 0.0 for name, seconds in took.items()}
-    rate = written / (last - first) if last > first else 0.0
-    return Result(rate=rate, peak=peak, first=first - begun, rows=at_end, right=right, **per_row)
-
-
-def _first(conn: psycopg.Connection[Any], process: Process, table: str) -> tuple[float, int]:
-    """Return when the first rows were there, and how many they were."""
-    deadline = time.monotonic() + FIRST
-    while True:
-        now = time.perf_counter()
-        ((rows,),) = conn.execute(f"SELECT count(*) FROM {table}".encode()).fetchall()
-        if rows:
-            return now, int(rows)
-        if not process.running:
-            raise Unavailable(f"ended without a row: {process.log.name}")
-        if time.monotonic() > deadline:
-            raise Unavailable(f"no row in {FIRST} s: {process.log.name}")
-        time.sleep(LOOK)
-
-
-def _last(conn: psycopg.Connection[Any], process: Process, where: tuple[str, str], count: int) -> float:
-    """Return when the last rows were there: those of each partition's last message, which are few to look for.
-
-    A peer that ends, or writes no more, is done when its table last grew.
-    """
-    table, key = where
-    ends = list(range(count - PARTITIONS, count))
-    deadline = time.monotonic() + LIMIT * 2
-    grown, size, asked = time.perf_counter(), 0, 0.0
-    while True:
-        now = time.perf_counter()
-        ((there,),) = conn.execute(f"SELECT count(*) FROM {table} WHERE {key} = ANY(%s)".encode(), [ends]).fetchall()
-        if there == PARTITIONS:
-            return now
-        if now > asked + 1:
-            asked = now
-            ((pages,),) = conn.execute("SELECT pg_relation_size(%s)", [table]).fetchall()
-            grown, size = (now, pages) if pages != size else (grown, size)
-        if now > grown + STALL or not process.running or time.monotonic() > deadline:
-            return grown
-        time.sleep(LOOK)
-
-
-def _held(conn: psycopg.Connection[Any], table: str, key: str) -> tuple[int, int]:
-    """Return how many rows a table has, and how many of them hold what the message of their key held."""
-    asked = (
-        f"SELECT count(*), count(*) FILTER (WHERE n = {key} % 1000 AND name = 'customer ' || {key} "
-        f"AND d = {key} * 1.5 AND ts = timestamptz '2026-11-23 10:15:00Z' + ({key} % 1000000) * interval '1 us' "
-        f"AND o = jsonb_build_object('a', {key}, 'b', 'x', 'c', jsonb_build_array(1, 2))) FROM {table}"
+    held = account(stage, table, peer.key)
+    per_row = {name: seconds / held.rows * 1e9 for name, seconds in used.items()}
+    return Result(
+        rate=held.rate,
+        peak=peak,
+        first=held.begun - begun,
+        rows=held.rows,
+        right=held.right,
+        stopped=stopped,
+        **per_row,
     )
-    ((rows, right),) = conn.execute(asked.encode()).fetchall()
-    return int(rows), int(right)
 
 
-def held(stage: Stage, table: str) -> tuple[int, int]:
-    """Return how many rows a table has that the daemon wrote, and how many hold what was sent."""
-    with psycopg.connect(stage.postgres.dsn) as conn:
-        return _held(conn, table, "id")
+def account(stage: Stage, table: str, key: str = "id") -> Held:
+    """Say what a table holds, and drop it: else it would be vacuumed while the next is written."""
+    asked = (
+        f"SELECT extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8, count(*), count(*) FILTER (WHERE "
+        f"n = {key} % 1000 AND name = 'customer ' || {key} AND d = {key} * 1.5 "
+        f"AND ts = timestamptz '2026-11-23 10:15:00Z' + ({key} % 1000000) * interval '1 us' "
+        f"AND o = jsonb_build_object('a', {key}, 'b', 'x', 'c', jsonb_build_array(1, 2))) "
+        f"FROM {table} GROUP BY 1 ORDER BY 1"
+    )
+    with psycopg.connect(stage.postgres.dsn, autocommit=True) as conn:
+        commits = conn.execute(asked.encode()).fetchall()
+        conn.execute(f"DROP TABLE {table}".encode())
+    if not commits:
+        raise Unavailable("it wrote no row")
+    rows, right = sum(commit[1] for commit in commits), sum(commit[2] for commit in commits)
+    begun, took = commits[0][0], commits[-1][0] - commits[0][0]
+    return Held(rows=rows, right=right, rate=(rows - commits[0][1]) / took if took else 0.0, begun=begun)
 
 
-def tree(pid: int) -> list[int]:
+def _await_first(conn: psycopg.Connection[Any], process: Process, table: str) -> None:
+    try:
+        process.wait_ready(lambda: _size(conn, table) > 0, FIRST, table)
+    except (TimeoutError, RuntimeError):
+        raise Unavailable(f"wrote no row: {process.log.name}") from None
+
+
+def _await_last(conn: psycopg.Connection[Any], process: Process, table: str, count: int) -> bool:
+    """Wait until a peer is done or writes no more, and return whether it had to be stopped instead.
+
+    Rows are counted only while the table does not grow, when that takes nothing from the peer.
+    """
+    begun = grown = time.monotonic()
+    size = 0
+    while process.running and (now := time.monotonic()) < grown + STALL:
+        if now > begun + LIMIT:
+            return True
+        time.sleep(LOOK)
+        size, before = _size(conn, table), size
+        if size > before:
+            grown = now
+        elif conn.execute(f"SELECT count(*) FROM {table}".encode()).fetchone() == (count,):
+            break
+    return False
+
+
+def _size(conn: psycopg.Connection[Any], table: str) -> int:
+    ((size,),) = conn.execute("SELECT pg_relation_size(%s::regclass)", [table]).fetchall()
+    return int(size)
+
+
+def _tree(pid: int) -> list[int]:
     """Return a process and all that it started and that still run."""
     children: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, (task / "children").read_text(encoding="ascii").split())
-    return [pid, *(one for child in children for one in tree(child))]
+    return [pid, *(one for child in children for one in _tree(child))]
 
 
 def _peak(pid: int) -> float:
@@ -216,6 +226,6 @@ def _peak(pid: int) -> float:
 
 def _end(process: Process) -> None:
     """Kill a peer with all that it started."""
-    pids = tree(process.pid)
+    pids = _tree(process.pid)
     process.kill_group()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), EXIT, "a peer's processes")

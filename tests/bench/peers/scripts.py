@@ -1,4 +1,4 @@
-"""The peers that are a script of Python: in the project's own environment, or in one of their own with pinned versions."""
+"""The peers that are a script of Python: in this environment, or in one of their own with pinned versions."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Factory:
         self.conn = psycopg.connect(dsn)
         self.table = table
 
-    def create_with_partitions(self, commit: Any, partitions: Mapping[Any, int]) -> Any:  # noqa: ANN401 - arroyo's own
+    def create_with_partitions(self, commit: Any, _partitions: Mapping[Any, int]) -> Any:  # noqa: ANN401 - arroyo's own
         """Return the first step."""
         write = functools.partial(copy, self.conn, self.table)
         return BatchStep(BATCH, BATCH_SECONDS, RunTaskInThreads(write, 1, PENDING, CommitOffsets(commit)))

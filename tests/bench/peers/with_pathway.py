@@ -20,7 +20,7 @@ class Message(pw.Schema):  # type: ignore[misc]
     o: pw.Json
 
 
-def main(bootstrap: str, topic: str, group: str, dsn: str, table: str, write: str) -> None:
+def main(bootstrap: str, topic: str, group: str, dsn: str, table: str, write: str) -> None:  # noqa: PLR0917 - argv
     """Carry the topic, for ever."""
     settings = {"bootstrap.servers": bootstrap, "group.id": group, "auto.offset.reset": "earliest"}
     read = pw.io.kafka.read(settings, topic, schema=Message, format="json", json_field_paths={"key": "/id"})

@@ -11,7 +11,7 @@ COMMIT_SECONDS = 0.5
 POLL_SECONDS = 0.1
 
 
-def main(bootstrap: str, topic: str, group: str, dsn: str, table: str, write: str) -> None:
+def main(bootstrap: str, topic: str, group: str, dsn: str, table: str, write: str) -> None:  # noqa: PLR0917 - argv
     """Carry the topic, for ever."""
     app = Application(
         bootstrap,
