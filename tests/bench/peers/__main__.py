@@ -47,7 +47,7 @@ class Seen:
     def ratio(self, name: str, write: str) -> float:
         """Return how many times faster the daemon was: the median of the rounds."""
         pairs = zip(self.runs[DAEMON, write], self.runs[name, write], strict=True)
-        return statistics.median(ours.rate / theirs.rate if theirs.rate else 0.0 for ours, theirs in pairs)
+        return statistics.median(ours.rate / theirs.rate for ours, theirs in pairs)
 
     def median(self, name: str, write: str, figure: str) -> float:
         """Return the median of one figure."""
@@ -158,7 +158,7 @@ def _line(seen: Seen, name: str, write: str, count: int) -> str:
         f"{name:13}{write:8}{seen.median(name, write, 'rate'):9,.0f}{ratio:>11}{f'>= {goal:g}' if goal else '':>8}"
         f"{used}{seen.median(name, write, 'broker'):8.0f}{seen.median(name, write, 'peak'):6.0f}"
         f"{seen.median(name, write, 'first'):8.1f}{worst.rows:10}  {', '.join(filter(None, notes))}"
-    )
+    ).rstrip()
 
 
 def _json(seen: Seen, count: int) -> dict[str, object]:

@@ -97,16 +97,11 @@ def install() -> None:
         pom = Path(shutil.copy(POM, temporary))
         jars = Path(temporary) / "plugins"
         options = [f"-DoutputDirectory={jars / 'debezium-jdbc'}", f"-DexcludeGroupIds={ELSEWHERE}"]
-        done = subprocess.run(
-            ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", *options],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=FETCH_TIMEOUT,
-            check=False,
-        )
-        if done.returncode:
-            raise Unavailable("Maven did not get it")
+        copy = ["mvn", "-q", "-B", "-f", str(pom), "dependency:copy-dependencies", *options]
+        try:
+            subprocess.run(copy, stdin=subprocess.DEVNULL, capture_output=True, timeout=FETCH_TIMEOUT, check=True)
+        except (subprocess.SubprocessError, OSError):
+            raise Unavailable("Maven did not get it") from None
         jars.rename(_plugins())
 
 

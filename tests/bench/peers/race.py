@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from tests.bench.carry import cpu
-from tests.servers.process import Process, wait_until
+from tests.servers.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +38,6 @@ STALL = 15
 """Seconds without growth after which a peer has written all that it will."""
 LOOK = 1.0
 """Seconds between two looks at how far a peer is."""
-EXIT = 30
-"""Seconds that what it started has to be gone after it."""
 
 
 class Unavailable(Exception):  # noqa: N818 - it says why a peer cannot be measured here
@@ -114,25 +112,15 @@ def race(stage: Stage, peer: Peer, write: str, count: int) -> Result:
     """Have a peer write a topic into an empty table, in a group of its own; Unavailable when no row came."""
     table = f"{peer.name.replace('-', '_')}_{write}"
     stage.make_table(table)
-    folder = stage.folder / table
-    folder.mkdir()
+    job = _job(stage, peer, write, table)
     REPORT.mkdir(parents=True, exist_ok=True)
     log = REPORT / f"{table}.log"
     log.unlink(missing_ok=True)
-    job = Job(
-        bootstrap=stage.kafka.bootstrap,
-        topic=peer.topic,
-        group=f"{table}-{time.time_ns()}",
-        dsn=stage.postgres.dsn,
-        table=table,
-        write=write,
-        folder=folder,
-    )
     with psycopg.connect(stage.postgres.dsn, autocommit=True) as conn:
         for statement in peer.table(write):
             conn.execute(statement.format(table=table).encode())
         begun = time.time()
-        process = Process(peer.command(job), log, cwd=folder, env=peer.env)
+        process = Process(peer.command(job), log, cwd=job.folder, env=peer.env)
         try:
             pids = {"peer": process.pid, "postgres": stage.postgres.pid, "broker": stage.kafka.pid}
             _await_first(conn, process, table)
@@ -141,8 +129,8 @@ def race(stage: Stage, peer: Peer, write: str, count: int) -> Result:
             used = {name: cpu(pid) - before[name] for name, pid in pids.items()}
             peak = sum(_peak(pid) for pid in _tree(process.pid))
         finally:
-            _end(process)
-            shutil.rmtree(folder, ignore_errors=True)
+            process.kill_group()
+            shutil.rmtree(job.folder, ignore_errors=True)
     held = account(stage, table, peer.key)
     per_row = {name: seconds / held.rows * 1e9 for name, seconds in used.items()}
     return Result(
@@ -153,6 +141,20 @@ def race(stage: Stage, peer: Peer, write: str, count: int) -> Result:
         right=held.right,
         stopped=stopped,
         **per_row,
+    )
+
+
+def _job(stage: Stage, peer: Peer, write: str, table: str) -> Job:
+    folder = stage.folder / table
+    folder.mkdir()
+    return Job(
+        bootstrap=stage.kafka.bootstrap,
+        topic=peer.topic,
+        group=f"{table}-{time.time_ns()}",
+        dsn=stage.postgres.dsn,
+        table=table,
+        write=write,
+        folder=folder,
     )
 
 
@@ -168,11 +170,11 @@ def account(stage: Stage, table: str, key: str = "id") -> Held:
     with psycopg.connect(stage.postgres.dsn, autocommit=True) as conn:
         commits = conn.execute(asked.encode()).fetchall()
         conn.execute(f"DROP TABLE {table}".encode())
-    if not commits:
-        raise Unavailable("it wrote no row")
+    if len(commits) < 2:
+        raise Unavailable("all rows in one commit: too few messages" if commits else "committed no row")
     rows, right = sum(commit[1] for commit in commits), sum(commit[2] for commit in commits)
     begun, took = commits[0][0], commits[-1][0] - commits[0][0]
-    return Held(rows=rows, right=right, rate=(rows - commits[0][1]) / took if took else 0.0, begun=begun)
+    return Held(rows=rows, right=right, rate=(rows - commits[0][1]) / took, begun=begun)
 
 
 def _await_first(conn: psycopg.Connection[Any], process: Process, table: str) -> None:
@@ -198,6 +200,8 @@ def _await_last(conn: psycopg.Connection[Any], process: Process, table: str, cou
             grown = now
         elif conn.execute(f"SELECT count(*) FROM {table}".encode()).fetchone() == (count,):
             break
+    if not process.running:
+        raise Unavailable(f"ended before it was done: {process.log.name}")
     return False
 
 
@@ -222,10 +226,3 @@ def _peak(pid: int) -> float:
     except OSError:
         return 0.0
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024 if "VmHWM:" in status else 0.0
-
-
-def _end(process: Process) -> None:
-    """Kill a peer with all that it started."""
-    pids = _tree(process.pid)
-    process.kill_group()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), EXIT, "a peer's processes")
