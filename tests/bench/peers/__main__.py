@@ -78,9 +78,9 @@ def _daemon(here: Stage, write: str, count: int) -> Result:
     here.make_table(table)
     run = carry(here, count, "bench", table, WRITES[write])
     held = account(here, table)
-    print(f"{DAEMON}, {write}: {held.rate:,.0f} rows/s, {held.rows} rows", flush=True)
+    print(f"{DAEMON}, {write}: {run.rate:,.0f} rows/s, {held.rows} rows", flush=True)
     return Result(
-        rate=held.rate,
+        rate=run.rate,
         peer=run.daemon,
         postgres=run.postgres,
         broker=run.broker,
