@@ -1,7 +1,7 @@
 # Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
 # configuration (index, proxy, certificates) from where it always does.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench bench-guard chaos chaos-long chaos-mutants lock clean
+.PHONY: demo test lint bench bench-guard bench-peers bench-scaling chaos chaos-long chaos-mutants lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -30,6 +30,15 @@ bench: .venv/.dev-installed  ## rows/s, next to a raw COPY
 # REF=... compares with another commit than the last but one.
 bench-guard: .venv/.dev-installed  ## instructions per row of the pure core, next to the commit before (needs valgrind)
 	@$(BIN)/python -m tests.bench.guard $(REF)
+
+bench-peers: .venv/.dev-installed  ## rows/s, next to other ways to carry a topic into a table
+	@echo "Fetching the peers (the first run takes a few minutes), then measuring for half an hour"
+	@$(BIN)/python -m tests.bench.peers
+
+bench-scaling: .venv/.dev-installed  ## the curves: latency, then handlers, processes, partitions, sizes, columns, batches
+	@$(BIN)/python -m tests.bench.latency
+	@$(BIN)/python -m tests.bench.scaling
+	@$(BIN)/python -m tests.bench.plot
 
 # SEED=... repeats a run. The same command goes on with a run that was interrupted.
 CHAOS = $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --report
