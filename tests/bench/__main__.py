@@ -18,9 +18,10 @@ from tests.bench.ceilings import BATCH, Ceiling, copies, one_copy, upserts
 from tests.bench.idle import idle
 from tests.bench.latency import Pace, latency
 from tests.bench.stage import SIX, stage
+from tests.bench.steps import steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tests.bench.latency import Latency
     from tests.bench.stage import Shape, Stage
@@ -120,14 +121,16 @@ def main() -> None:
         print(f"{options.messages} messages of {size:.0f} bytes in {PARTITIONS} partitions", flush=True)
         seen = measure(here, options.messages, options.rounds)
         resting = idle(here)
+        taken = steps(here, "bench", PARTITIONS, SIX)
     with stage({"track_commit_timestamp": "on"}) as here:
         pace = Pace(rate=10_000, max_age=0.1)
         latency(here, pace, seconds=1.0)  # the broker's compiler
         late = latency(here, pace)
     print_runs(seen, size)
+    print_steps(taken, seen.median("append", "daemon"))
     print_goals(seen, resting, late)
     REPORT.mkdir(parents=True, exist_ok=True)
-    (REPORT / "bench.json").write_text(json.dumps(_json(seen, resting, late), indent=1), encoding="utf-8")
+    (REPORT / "bench.json").write_text(json.dumps(_json(seen, resting, late, taken), indent=1), encoding="utf-8")
 
 
 def print_runs(seen: Rounds, size: float) -> None:
@@ -143,6 +146,14 @@ def print_runs(seen: Rounds, size: float) -> None:
             f"{work:38}{rate:9,.0f}{rate * size / 1e6:7.0f}{ceiling:9,.0f}{seen.ratio(work):7.2f}{used}"
             f"{seen.median(work, 'peak'):6.0f}"
         )
+
+
+def print_steps(taken: Mapping[str, float], daemon: float) -> None:
+    """Print where the daemon's time goes in append; nanoseconds of a core for each row."""
+    print(f"\n{'step of append, alone':38}{'ns/row':>9}")
+    for name, cost in taken.items():
+        print(f"{name:38}{cost:9.0f}")
+    print(f"{'between the steps':38}{daemon - sum(taken.values()):9.0f}\n{'the daemon':38}{daemon:9.0f}")
 
 
 def print_goals(seen: Rounds, resting: tuple[float, float], late: Latency) -> None:
@@ -173,9 +184,14 @@ def print_goals(seen: Rounds, resting: tuple[float, float], late: Latency) -> No
         print(f"{name:50}{sign:>3}{bound:8g}  {figure:.3g}{unit}{'' if held else '   not reached'}")
 
 
-def _json(seen: Rounds, resting: tuple[float, float], late: Latency) -> dict[str, Any]:
+def _json(seen: Rounds, resting: tuple[float, float], late: Latency, taken: Mapping[str, float]) -> dict[str, Any]:
     runs = {work: [[asdict(run), asdict(beside)] for run, beside in pairs] for work, pairs in seen.runs.items()}
-    return {"runs": runs, "idle": {"memory_mib": resting[0], "core": resting[1]}, "latency": asdict(late)}
+    return {
+        "runs": runs,
+        "steps": dict(taken),
+        "idle": {"memory_mib": resting[0], "core": resting[1]},
+        "latency": asdict(late),
+    }
 
 
 if __name__ == "__main__":

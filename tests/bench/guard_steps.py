@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,18 +55,24 @@ class Alone(ConsumerThread):
 class Core:
     """One handler's path, of which each step takes what the one before it made."""
 
-    def __init__(self, columns: list[tuple[str, int, str, bool]]) -> None:
+    def __init__(
+        self, columns: list[tuple[str, int, str, bool]], topic: str = TOPIC, partitions: int = PARTITIONS
+    ) -> None:
         found = tuple(
             Column(name=name, oid=oid, typmod=-1, type_name=kind, not_null=needed, automatic=False)
             for name, oid, kind, needed in columns
         )
-        table = Table(name=TOPIC, identifier=TOPIC, columns=found, unique=(), fingerprint="")
+        table = self._table = Table(name=topic, identifier=topic, columns=found, unique=(), fingerprint="")
         handler = HandlerConfig.model_validate(
-            {"name": TOPIC, "path": Path(TOPIC), "topics": [TOPIC], "table": {"name": TOPIC, "write": "append"}}
+            {"name": topic, "path": Path(topic), "topics": [topic], "table": {"name": topic, "write": "append"}}
         )
         self._encoder = Encoder(table, handler)
         self._sink = Append(table, self._encoder.columns)
-        self._partitions = {TopicPartition(TOPIC, number) for number in range(PARTITIONS)}
+        self._partitions = {TopicPartition(topic, number) for number in range(partitions)}
+
+    def sink_of(self, table: str) -> Append:
+        """Return what writes the rows into a table."""
+        return Append(replace(self._table, name=table, identifier=table), self._encoder.columns)
 
     def deliver(self, messages: list[Message]) -> Told:
         """Group what was consumed."""
