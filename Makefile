@@ -39,6 +39,7 @@ bench-scaling: .venv/.dev-installed  ## the curves: latency, then handlers, proc
 	@$(BIN)/python -m tests.bench.latency
 	@$(BIN)/python -m tests.bench.scaling
 	@$(BIN)/python -m tests.bench.plot
+	@$(BIN)/python -m tests.bench.report
 
 # SEED=... repeats a run. The same command goes on with a run that was interrupted.
 CHAOS = $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --report

@@ -147,6 +147,8 @@ class ConsumerThread(threading.Thread):
         super().__init__(name=f"kafka-{name}", daemon=True)
         self._config = config
         self._topics = list(topics)
+        self._only = topics[0] if len(topics) == 1 and not topics[0].startswith("^") else ""
+        """The one topic that there can be messages of: they need not be asked for theirs."""
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self.commits = Commits(self._tell)
@@ -283,17 +285,20 @@ class ConsumerThread(threading.Thread):
 
     def _deliver(self, consumer: ck.Consumer, messages: list[ck.Message]) -> None:
         """Hand messages to the loop, grouped by partition; those of partitions that are not ours are dropped."""
-        grouped: defaultdict[tuple[str, int], list[ck.Message]] = defaultdict(list)
+        grouped: defaultdict[tuple[str, int] | int, list[ck.Message]] = defaultdict(list)
         events = []
         for message in messages:
-            if message.error() is None:
-                grouped[message.topic(), message.partition()].append(message)  # type: ignore[index]
-            else:
+            if message.error() is not None:
                 events.append(message)
+            elif self._only:
+                grouped[message.partition()].append(message)  # type: ignore[index]
+            else:
+                grouped[message.topic(), message.partition()].append(message)  # type: ignore[index]
         chunks = [
             Chunk(partition, group, size_of(group))  # type: ignore[arg-type]
             for key, group in grouped.items()
-            if (partition := TopicPartition(*key)) in self._live
+            if (partition := TopicPartition(self._only, key) if isinstance(key, int) else TopicPartition(*key))
+            in self._live
         ]
         if chunks:
             size = sum(chunk.size + MESSAGE_OVERHEAD * len(chunk.messages) for chunk in chunks)

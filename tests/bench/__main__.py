@@ -17,6 +17,7 @@ from tests.bench.carry import Run, carry
 from tests.bench.ceilings import BATCH, Ceiling, copies, one_copy, upserts
 from tests.bench.idle import idle
 from tests.bench.latency import Pace, latency
+from tests.bench.report import kept
 from tests.bench.stage import SIX, stage
 from tests.bench.steps import steps
 
@@ -195,4 +196,5 @@ def _json(seen: Rounds, resting: tuple[float, float], late: Latency, taken: Mapp
 
 
 if __name__ == "__main__":
-    main()
+    with kept("bench"):
+        main()

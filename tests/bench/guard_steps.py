@@ -43,7 +43,8 @@ Told = list["Chunk"]
 class Alone(ConsumerThread):
     """The part of a consumer's thread that groups messages, without consumer, thread and loop."""
 
-    def __init__(self, partitions: set[TopicPartition]) -> None:
+    def __init__(self, topic: str, partitions: set[TopicPartition]) -> None:
+        self._only = topic
         self._live = partitions
         self._told = 0
         self.chunks: Told = []
@@ -76,7 +77,7 @@ class Core:
 
     def deliver(self, messages: list[Message]) -> Told:
         """Group what was consumed."""
-        thread = Alone(self._partitions)
+        thread = Alone(self._table.name, self._partitions)
         for at in range(0, len(messages), CONSUME):
             thread._deliver(cast("Any", None), messages[at : at + CONSUME])
         return thread.chunks

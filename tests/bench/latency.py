@@ -22,6 +22,7 @@ import psycopg
 from confluent_kafka import Message, Producer
 
 from tests.bench.carry import config_of, passed, wait_for
+from tests.bench.report import kept
 from tests.bench.stage import SIX, stage
 from tests.servers.daemon import Daemon
 
@@ -158,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with kept("latency"):
+        main()

@@ -22,6 +22,7 @@ import psycopg
 
 from tests.bench.carry import config_of, cpu, passed, wait_for
 from tests.bench.ceilings import one_copy
+from tests.bench.report import kept
 from tests.bench.stage import SIX, Shape, stage
 from tests.servers.daemon import Daemon
 
@@ -222,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with kept("scaling"):
+        main()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tests.bench.carry import carry
 from tests.bench.peers import connect, scripts
 from tests.bench.peers.race import LIMIT, PARTITIONS, SETTINGS, Peer, Result, Unavailable, account, race
+from tests.bench.report import kept
 from tests.bench.stage import stage
 
 if TYPE_CHECKING:
@@ -171,4 +172,5 @@ def _json(seen: Seen, count: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    with kept("peers"):
+        main()
