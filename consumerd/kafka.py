@@ -79,12 +79,17 @@ NO_TOPIC = "consumerd:rejoin"
 FENCED = [KafkaError(code).str() for code in (KafkaError.FENCED_INSTANCE_ID, KafkaError.UNRELEASED_INSTANCE_ID)]
 """What a fatal error says when another consumer has this one's `group.instance.id`. It need not be another process: a
 coordinator that was restarted has fenced the very member that it knew before (seen)."""
+UNSUPPORTED = [
+    KafkaError(code).str()
+    for code in (KafkaError.UNSUPPORTED_VERSION, KafkaError.UNSUPPORTED_ASSIGNOR, KafkaError._UNSUPPORTED_FEATURE)  # noqa: SLF001
+]
+"""What a fatal error says that is the same the next time."""
 REJOIN_PAUSE = 1.0
-"""Seconds before a consumer that was fenced by its own name joins again; doubled each time, so that two processes that
-really have one name do not take the partitions from each other all day."""
+"""Seconds after a consumer's fatal error until the next joins; doubled each time, so that two processes that have one
+name do not take the partitions from each other all day."""
 MAX_REJOIN_PAUSE = 60.0
 LONG_MEMBERSHIP = 300.0
-"""Seconds after which having been fenced before is forgotten."""
+"""Seconds after which the errors before are forgotten."""
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
@@ -169,7 +174,8 @@ class ConsumerThread(threading.Thread):
         self._unreachable_since: float | None = None
         self._rejoining = False
         self._spare = False
-        self._fenced: str | None = None
+        self._over = False
+        """Whether the consumer had a fatal error: it is of no use any more."""
         self._rejoin_pause = REJOIN_PAUSE
         self._next_watermarks = 0.0
         self._looked = 0
@@ -228,7 +234,7 @@ class ConsumerThread(threading.Thread):
             self._tell(self._close_future)
 
     def _be_a_member(self) -> None:
-        """Consume until closed or fenced: after a fatal error a consumer is of no use, and the next one joins."""
+        """Consume until closed, or until a fatal error."""
         callbacks: dict[str, Any] = {"error_cb": self._on_error, "on_commit": self.commits.on_answer}
         if self._config.get("group.protocol") == "consumer":
             callbacks |= {"stats_cb": self._on_statistics, "statistics.interval.ms": STATISTICS_INTERVAL_MS}
@@ -239,17 +245,17 @@ class ConsumerThread(threading.Thread):
         since = time.monotonic()
         try:
             self._subscribe(consumer, self._topics)
-            while not self._closing.is_set() and self._fenced is None:
+            while not self._closing.is_set() and not self._over:
                 self._turn(consumer)
-            if self._fenced is None:
+            if not self._over:
                 self._finish(consumer)
         finally:
             consumer.close()
-        if self._fenced is not None:
+        if self._over:
             pause = REJOIN_PAUSE if time.monotonic() - since > LONG_MEMBERSHIP else self._rejoin_pause
             self._closing.wait(pause)
             self._rejoin_pause = min(pause * 2, MAX_REJOIN_PAUSE)
-            self._fenced, self._paused, self._full_since, self._rejoining = None, False, None, False
+            self._over, self._paused, self._full_since, self._rejoining = False, False, None, False
 
     def _subscribe(self, consumer: ck.Consumer, topics: list[str]) -> None:
         consumer.subscribe(topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -460,12 +466,14 @@ class ConsumerThread(threading.Thread):
             log.warning("the consumer reports an error", extra={"error": str(error)})
 
     def _on_fatal(self, text: str) -> None:
-        """Give everything up and join again, if it was another consumer of this one's name; else there is no way on."""
-        if not any(fenced in text for fenced in FENCED):
+        """Give everything up; another consumer joins in this one's place."""
+        if any(never in text for never in UNSUPPORTED):
             raise Halt("kafka", f"librdkafka gave up: {text}")
-        name = self._config.get("group.instance.id")
-        why = f"another consumer joined as group_instance_id {name!r}; no two processes may have the same one"
-        self._fenced = text
+        why = text
+        if any(fenced in text for fenced in FENCED):
+            name = self._config.get("group.instance.id")
+            why = f"another consumer joined as group_instance_id {name!r}; no two processes may have the same one"
+        self._over = True
         self._lose(sorted(self._owned), why)
 
     def _stop_at_damage(self, consumer: ck.Consumer, message: ck.Message) -> None:
