@@ -468,7 +468,7 @@ class ConsumerThread(threading.Thread):
     def _on_fatal(self, text: str) -> None:
         """Give everything up; another consumer joins in this one's place."""
         if any(never in text for never in UNSUPPORTED):
-            raise Halt("kafka", f"librdkafka gave up: {text}")
+            raise Halt("kafka", f"the brokers do not support what [kafka.properties] asks for ({text}): change that")
         why = text
         if any(fenced in text for fenced in FENCED):
             name = self._config.get("group.instance.id")

@@ -27,7 +27,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 from confluent_kafka.cimpl import NewTopic
 
-from tests.acceptance.events import caught_up, handler, state
+from tests.acceptance.events import caught_up, handler, state, wait_for_halt
 from tests.acceptance.stream import POISON_EVERY, Stream, letters, make_table, source_of
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
@@ -243,6 +243,19 @@ dsn = "{dsn}"
 [daemon]
 listen = "127.0.0.1:{free_port()}"
 """
+
+
+def test_a_protocol_that_the_broker_has_not_halts(database: str, tmp_path: Path, daemon: MakeDaemon) -> None:
+    """P7: a fatal error of librdkafka that no new consumer mends halts the handler and says what to change."""
+    server = KafkaServer(tmp_path)
+    server.configure({"group.coordinator.rebalance.protocols": "classic"})
+    server.start()
+    try:
+        make_table(database, "events")
+        run = daemon(events(made_topic(server.bootstrap)), kip_848(database, server.port), wait=False)
+        assert "the brokers do not support what [kafka.properties] asks for" in wait_for_halt(run)
+    finally:
+        server.close()
 
 
 def test_a_brokers_full_disk_is_waited_for(database: str, tmp_path: Path, daemon: MakeDaemon) -> None:
