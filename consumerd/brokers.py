@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT = 5.0
 """Seconds for one call that asks a broker."""
-MAX_FETCH = 8 * 1024 * 1024
-FETCHES = 8
-"""Fetches that librdkafka's queue has room for, as they are on the wire: compressed 100:1 one is twelve times the
-queue, and librdkafka takes up to twice that to decompress zstd."""
-FETCHED_PARTITIONS = 8
+MAX_FETCH = 4 * 1024 * 1024
+FETCHES = 16
+"""Fetches that librdkafka's queue has room for, as they are on the wire: compressed 100:1 one is six times the queue,
+and librdkafka takes up to twice that to decompress zstd."""
+FETCHED_PARTITIONS = 4
 """Partitions whose messages one fetch can bring. Whenever its queue was full librdkafka begins again with the first
 partition, not with the next in turn, and a broker fills the fetch in that order: where one partition could fill it, all
 were read one after the other, and most connections had nothing to write (seen: two thirds of their time). One batch

@@ -47,7 +47,7 @@ def divide(memory: int, handler: HandlerConfig) -> Budget:
     """Return the parts of a handler's memory."""
     buffered = int(memory * BUFFER_SHARE)
     batch, connections = handler.batch, handler.max_connections
-    rows = int(memory * ENCODED_SHARE) // connections
+    rows = int(memory * ENCODED_SHARE) // connections  # the objects; their bytes may have half of it
     bounds = Bounds(
         max_messages=max(1, min(batch.max_messages, rows // ROW_OVERHEAD)),
         max_bytes=max(1, min(batch.max_bytes, rows // 2 // ROW_COPIES)),

@@ -76,6 +76,8 @@ class Table:
     unique: tuple[frozenset[str], ...]
     """Columns of each unique index that can serve ON CONFLICT."""
     fingerprint: str
+    has_rules: bool = False
+    """It has rewrite rules, which COPY passes by."""
     may_drop_rows: bool = False
     """It has a trigger before rows, which may drop them without an error."""
 
@@ -92,7 +94,7 @@ _RELATION = """\
 SELECT c.oid::int8, c.relkind::text, c.relpersistence::text, n.nspname, c.relname,
        quote_ident(n.nspname) || '.' || quote_ident(c.relname),
        array(SELECT p FROM unnest(%(privileges)s::text[]) AS p WHERE NOT has_table_privilege(c.oid, p)),
-       has_schema_privilege(n.oid, 'USAGE'), current_user::text
+       has_schema_privilege(n.oid, 'USAGE'), current_user::text, c.relhasrules
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass(%(name)s)"""
 
@@ -116,8 +118,10 @@ def fingerprint_query(name: str) -> sql.Composed:
 
 
 _BEFORE_TRIGGERS = """\
-SELECT 1 FROM pg_catalog.pg_trigger WHERE tgrelid = %s::oid AND NOT tgisinternal AND tgtype & 3 = 3 LIMIT 1"""
-"""tgtype: 1 is FOR EACH ROW, 2 is BEFORE."""
+SELECT 1 FROM pg_catalog.pg_trigger
+WHERE tgrelid IN (SELECT relid FROM pg_catalog.pg_partition_tree(%(oid)s::oid) UNION SELECT %(oid)s::oid)
+  AND NOT tgisinternal AND tgtype & 3 = 3 LIMIT 1"""
+"""tgtype: 1 is FOR EACH ROW, 2 is BEFORE. A partition may have one of its own."""
 
 
 async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...]) -> Table:
@@ -130,7 +134,7 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
     if row is None:
         where = "" if "." in name else " (without a schema it is looked up along search_path)"
         raise Halt("table", f"table {name} does not exist{where}: create it, or correct `table.name`")
-    oid, kind, persistence, _, _, identifier, missing, schema_usage, role = row
+    oid, kind, persistence, _, _, identifier, missing, schema_usage, role, has_rules = row
     if kind not in "rp":
         raise Halt("table", f"{name} is not a table: only tables and partitioned tables are written to")
     if persistence != "p":
@@ -150,12 +154,13 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         for n, o, m, t, nn, a, d, _ in rows
     )
     unique = tuple(frozenset(names) for (names,) in await (await conn.execute(_UNIQUE, [oid])).fetchall())
-    triggers = await (await conn.execute(_BEFORE_TRIGGERS, [oid])).fetchall()
+    triggers = await (await conn.execute(_BEFORE_TRIGGERS, {"oid": oid})).fetchall()
     return Table(
         name=name,
         identifier=identifier,
         columns=columns,
         unique=unique,
+        has_rules=has_rules,
         may_drop_rows=bool(triggers),
         fingerprint=rows[0][-1] if rows else "",
     )

@@ -118,6 +118,8 @@ def _property(value: tuple[str, object], info: ValidationInfo) -> Property:
 def _setting(value: tuple[str, object]) -> str:
     if value[0] == "application_name":
         raise ValueError("is set by the daemon: consumerd/<handler>")
+    if value[0] == "client_encoding":
+        raise ValueError("is always UTF8: JSON is, and so is what is written")
     return scalar_text(value[1], "must be a string, a number, true or false; a name with dots is written in quotes")
 
 

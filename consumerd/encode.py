@@ -38,7 +38,7 @@ EMPTY = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one batch, in offset order; `positions` are their messages' positions in the batch."""
+    """Rows of a batch, in offset order; `positions` are their messages' positions in the batch."""
 
     rows: list[Row]
     positions: Sequence[int]

@@ -65,7 +65,7 @@ async def isolate(
         if start > 0 and ((spent and start > at_least) or now() > until + LONGEST_SECONDS):
             return refused, start
         tries -= 1
-        rejected = await _try(conn, sink, rows[start:end])
+        rejected = await _try(conn, sink, rows[start:end], start)
         if rejected is None:
             continue
         if end - start == 1:
@@ -73,7 +73,7 @@ async def isolate(
             continue
         pieces += _pieces(start, end, rejected.row)
     for position in sorted((p for p, refusal in refused.items() if refusal.sqlstate == ORPHAN), reverse=True):
-        if await _try(conn, sink, rows[position : position + 1]) is None:
+        if await _try(conn, sink, rows[position : position + 1], position) is None:
             del refused[position]
     return refused, len(rows)
 
@@ -88,10 +88,10 @@ def _pieces(start: int, end: int, row: int | None) -> list[tuple[int, int]]:
     return [(a, b) for a, b in reversed(list(pairwise(cuts))) if a < b]
 
 
-async def _try(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]]) -> Rejected | None:
+async def _try(conn: AsyncConnection[Any], sink: Sink, rows: Sequence[tuple[Any, ...]], first: int) -> Rejected | None:
     """Write rows under a savepoint; return the refusal, if it is one, with nothing of these rows left written."""
     try:
-        data = sink.pack(rows, CopyData(alone=False))
+        data = sink.pack(rows, CopyData(first=first))
     except Rejected as rejected:
         return rejected
     try:

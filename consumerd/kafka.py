@@ -85,11 +85,11 @@ UNSUPPORTED = [
 ]
 """What a fatal error says that is the same the next time."""
 REJOIN_PAUSE = 1.0
-"""Seconds after a consumer's fatal error until the next joins; doubled each time, so that two processes that have one
-name do not take the partitions from each other all day."""
+"""Seconds after a consumer's fatal error until the next joins; doubled each time, for two processes that have one name
+take the partitions from each other."""
 MAX_REJOIN_PAUSE = 60.0
 LONG_MEMBERSHIP = 300.0
-"""Seconds after which the errors before are forgotten."""
+"""Seconds of a consumer's life after which the errors before it are forgotten."""
 FINISH_TIMEOUT = 5.0
 """Seconds for the acknowledgement of the last commits."""
 SEEK_TIMEOUT = 5.0
@@ -163,7 +163,7 @@ class ConsumerThread(threading.Thread):
         )
         strategy = str(config.get("partition.assignment.strategy", "cooperative-sticky"))
         self._incremental = "cooperative" in strategy
-        self._closing = threading.Event()
+        self._stopping, self._closing = threading.Event(), threading.Event()
         self.closed = self._loop.create_future()
         # Only this thread touches these.
         self._owned: set[TopicPartition] = set()
@@ -176,6 +176,8 @@ class ConsumerThread(threading.Thread):
         self._spare = False
         self._over = False
         """Whether the consumer had a fatal error: it is of no use any more."""
+        self._since = 0.0
+        """When the consumer was made."""
         self._rejoin_pause = REJOIN_PAUSE
         self._next_watermarks = 0.0
         self._looked = 0
@@ -202,12 +204,14 @@ class ConsumerThread(threading.Thread):
         await self._ask(lambda consumer: self._start_at(consumer, offsets))
 
     async def stop_delivery(self) -> None:
-        """Deliver no more messages; callbacks are served on."""
+        """Deliver no more messages; callbacks are served on. Raises Outage when there is no consumer just now."""
+        self._stopping.set()
         await self._ask(self._pause_all)
 
     async def close(self) -> None:
         """Commit what is left, leave the group, and wait for the thread's end."""
         self._closing.set()
+        self._stopping.set()
         await asyncio.shield(self.closed)
 
     async def _ask(self, function: Callable[[ck.Consumer], T]) -> T:
@@ -221,15 +225,12 @@ class ConsumerThread(threading.Thread):
     # The thread.
 
     def run(self) -> None:
-        """Consume until closed; anything unforeseen halts the handler."""
+        """Be a member of the group until closed; anything unforeseen halts the handler."""
         try:
             while not self._closing.is_set():
                 self._be_a_member()
-        except ConsumerdError as error:
-            self._tell(self._listener.failed, error)
-        except Exception as error:
-            log.exception("the Kafka thread failed")
-            self._tell(self._listener.failed, Halt("bug", f"the Kafka thread failed: {type(error).__name__}: {error}"))
+                if self._over:
+                    self._pause_before_the_next()
         finally:
             self._tell(self._close_future)
 
@@ -241,21 +242,36 @@ class ConsumerThread(threading.Thread):
         try:
             consumer = ck.Consumer({**self._config, **callbacks})
         except KafkaException as error:
-            raise Halt("kafka", f"librdkafka refuses [kafka.properties]: {_text(error)}") from error
-        since = time.monotonic()
+            self._fail(Halt("kafka", f"librdkafka refuses [kafka.properties]: {_text(error)}"))
+            return
+        self._since = time.monotonic()
         try:
             self._subscribe(consumer, self._topics)
             while not self._closing.is_set() and not self._over:
                 self._turn(consumer)
             if not self._over:
                 self._finish(consumer)
+        except ConsumerdError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the Kafka thread failed")
+            self._fail(Halt("bug", f"the Kafka thread failed: {type(error).__name__}: {error}"))
         finally:
             consumer.close()
-        if self._over:
-            pause = REJOIN_PAUSE if time.monotonic() - since > LONG_MEMBERSHIP else self._rejoin_pause
-            self._closing.wait(pause)
-            self._rejoin_pause = min(pause * 2, MAX_REJOIN_PAUSE)
-            self._over, self._paused, self._full_since, self._rejoining = False, False, None, False
+
+    def _fail(self, error: ConsumerdError) -> None:
+        """End the thread; it is told before the consumer is closed, whose revoke waits for the loop."""
+        self._closing.set()
+        self._tell(self._listener.failed, error)
+
+    def _pause_before_the_next(self) -> None:
+        """Wait a while until another consumer joins; a stop ends that, for there is nothing to stop."""
+        pause = REJOIN_PAUSE if time.monotonic() - self._since > LONG_MEMBERSHIP else self._rejoin_pause
+        if self._stopping.wait(pause):
+            self._closing.set()
+        self._rejoin_pause = min(pause * 2, MAX_REJOIN_PAUSE)
+        self._over, self._paused, self._full_since = False, False, None
+        self._rejoining, self._spare = False, False
 
     def _subscribe(self, consumer: ck.Consumer, topics: list[str]) -> None:
         consumer.subscribe(topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -472,7 +488,7 @@ class ConsumerThread(threading.Thread):
         why = text
         if any(fenced in text for fenced in FENCED):
             name = self._config.get("group.instance.id")
-            why = f"another consumer joined as group_instance_id {name!r}; no two processes may have the same one"
+            why = f"another member has group_instance_id {name!r}; no two processes may have the same one"
         self._over = True
         self._lose(sorted(self._owned), why)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from consumerd import postgres
 from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
+from consumerd.encode import SLICE
 from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
 from consumerd.isolate import ORPHAN, isolate
 from consumerd.sinks.copy import CopyData
@@ -126,10 +127,14 @@ class Writer:
         try:
             await self._attempt(work, mapping)
         except Rejected as rejected:
-            if len(work) == 1:
-                await self._isolate(*work[0], mapping, rejected.row)
-            else:
-                await self._one_by_one(work)
+            named = rejected.row
+        else:
+            return
+        # Outside of the `except`, whose traceback holds what was encoded.
+        if len(work) == 1:
+            await self._isolate(*work[0], mapping, named)
+        else:
+            await self._one_by_one(work)
 
     async def _one_by_one(self, work: Work) -> None:
         for one in work:
@@ -141,6 +146,8 @@ class Writer:
         await member.confirm_topics(max(batch.arrived for batch, _ in work))
         async with member.encoding:
             data = await _encode(work, mapping)
+        if not all(member.holds(batch, lease) for batch, lease in work):
+            return  # given up while others were encoded
         for batch, _ in work:
             await self._dead_letter(batch)
         started = time.monotonic()
@@ -227,10 +234,13 @@ class Writer:
 async def _encode(work: Work, mapping: Mapping) -> CopyData:
     """Turn messages into the data of one COPY; who waits for an answer of Postgres has a turn between two slices."""
     data = CopyData()
+    turn = SLICE
     for batch, _ in work:
         for rows in mapping.encoder.slices(batch):
             mapping.sink.pack(rows.rows, data)
-            await asyncio.sleep(0)
+            if data.rows >= turn:
+                await asyncio.sleep(0)
+                turn = data.rows + SLICE
     return data
 
 

@@ -69,8 +69,8 @@ class CopyData:
 
     rows: int = 0
     packed: bytearray = field(default_factory=lambda: bytearray(SIGNATURE))
-    alone: bool = True
-    """Whether nothing else is written in its transaction."""
+    first: int | None = None
+    """The position of its first row, where other rows of its batch are written in the same transaction."""
 
 
 async def copy(conn: AsyncConnection[Any], statement: sql.Composed, data: CopyData) -> None:

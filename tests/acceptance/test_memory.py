@@ -14,8 +14,6 @@ import psycopg
 import pytest
 from confluent_kafka import Producer
 
-from consumerd.brokers import fetch_bytes
-from consumerd.budget import LIBRDKAFKA_SHARE
 from tests.acceptance.events import held, members, state
 from tests.acceptance.test_stop import handler, ids
 from tests.conftest import MakeDaemon, MakeTopic
@@ -107,7 +105,7 @@ def full(run: Daemon) -> Callable[[], bool]:
 def decompressed_fetch(kafka: KafkaServer, topic: str, backlog: Backlog) -> float:
     """Return the MiB that a fetch from a topic becomes."""
     log = sum(path.stat().st_size for path in (kafka.folder / "data").glob(f"{topic}-*/*.log"))
-    wire = fetch_bytes(int(BOUND * MIB * LIBRDKAFKA_SHARE))
+    wire = BOUND * MIB // 128
     return max(wire * len(backlog.filling) * backlog.count / log, len(backlog.filling)) / MIB
 
 

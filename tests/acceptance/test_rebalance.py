@@ -138,7 +138,7 @@ def test_a_member_that_is_fenced_by_its_own_name_joins_again(database: str, even
     twin.subscribe([stream.topic])
     with closing(twin):
         wait_until(lambda: bool([twin.poll(0.1), *twin.assignment()][1:]), TIMEOUT, "the twin's partitions")
-        wait_until(lambda: "joined as group_instance_id 'one'" in daemon.logs(), TIMEOUT, "the sentence")
+        wait_until(lambda: "another member has group_instance_id 'one'" in daemon.logs(), TIMEOUT, "the sentence")
         stream.produce(100)
         lands(made)
     assert daemon.stop() == 0

@@ -28,8 +28,10 @@ async def written(database: str, make: str, batches: Sequence[Sequence[Row]], ke
         sink = Upsert(table, table.columns[:2], (key,))
         async with postgres.transaction(conn):
             await sink.prepare(conn)
+            first = 0
             for rows in batches:
-                await sink.write(conn, sink.pack(rows, CopyData(alone=len(batches) == 1)))
+                await sink.write(conn, sink.pack(rows, CopyData(first=first if len(batches) > 1 else None)))
+                first += len(rows)
         return await (await conn.execute("SELECT * FROM t ORDER BY 1, 2")).fetchall()
     finally:
         await conn.close()
@@ -99,6 +101,37 @@ async def test_a_table_that_copy_cannot_write_to(database: str) -> None:
         assert await (await owner.execute("SELECT * FROM t ORDER BY id")).fetchall() == [(1, "a"), (2, "b")]
     finally:
         await owner.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "state"),
+    [
+        (
+            (
+                "CREATE TABLE t (id bigint PRIMARY KEY, v text); CREATE TABLE log (id bigint);"
+                "CREATE RULE r AS ON INSERT TO t DO ALSO INSERT INTO log VALUES (NEW.id)"
+            ),
+            "0A000",
+        ),
+        ("CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text)", "428C9"),
+    ],
+    ids=["a rule", "an identity"],
+)
+async def test_what_a_copy_would_pass_by(database: str, make: str, state: str) -> None:
+    """New keys too are merged where a COPY would do otherwise; what the merge cannot do halts before anything lands."""
+    with pytest.raises(Halt, match=state):
+        await written(database, make, [[(1, "a")]])
+
+
+async def test_a_partitions_trigger_that_drops_rows_halts(database: str) -> None:
+    """A trigger of one partition alone is seen too."""
+    make = """
+        CREATE TABLE t (id bigint PRIMARY KEY, v text) PARTITION BY RANGE (id);
+        CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (100);
+        CREATE FUNCTION gone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER gone BEFORE INSERT ON low FOR EACH ROW WHEN (NEW.id = 2) EXECUTE FUNCTION gone()"""
+    with pytest.raises(Halt, match="stored 2 of 3 rows"):
+        await written(database, make, [[(1, "a")], [(1, "a"), (2, "b"), (3, "c")]])
 
 
 async def test_each_row_is_merged_once(database: str) -> None:

@@ -13,9 +13,9 @@ MIB = 1 << 20
     ("memory", "queued_kbytes", "queued_messages", "fetch"),
     [
         (64 * MIB, 64 * 1024, 16_384, MAX_FETCH),
-        (8 * MIB, 8 * 1024, 2_048, MIB),
-        (2 * MIB, 2 * 1024, 512, 256 * 1024),
-        (1, 1, 1, 8 * 1024),
+        (8 * MIB, 8 * 1024, 2_048, 512 * 1024),
+        (2 * MIB, 2 * 1024, 512, 128 * 1024),
+        (1, 1, 1, 4 * 1024),
     ],
 )
 def test_limits(memory: int, queued_kbytes: int, queued_messages: int, fetch: int) -> None:
