@@ -33,7 +33,7 @@ Work = list[tuple["Batch", Lease]]
 """Batches of one write, each with the lease that its partition had when it was taken."""
 
 FRUITLESS_ISOLATIONS = 5
-"""Times that a batch may be refused as a whole with none of its rows refused alone, before that is a halt."""
+"""Times that one message's row may be refused by a write and not in isolation, before that is a halt."""
 ORPHAN_PATIENCE = 3.0
 """Seconds that rows with a foreign key to nothing are tried again: what they refer to may be on its way."""
 
@@ -207,12 +207,23 @@ class Writer:
         batch.refused |= {rows.positions[row]: refusal for row, refusal in refused.items()}
         member.isolated(batch, refused)
         if not refused and settled == len(rows.rows):
-            batch.fruitless += 1
-            if batch.fruitless >= FRUITLESS_ISOLATIONS:
-                raise Halt("database", "Postgres refuses the batch as a whole, and none of its rows alone")
-            raise Outage("postgres", "Postgres refused a batch, then none of its rows")
+            self._cut_or_halt(batch)
         if member.handler.table.write == "append":
             _refuse_repeats(batch, lease)
+
+    def _cut_or_halt(self, batch: Batch) -> None:
+        """Make smaller what is refused as a whole and in none of its rows.
+
+        They are valid one after the other, and not in the order of an upsert's statement: a unique value moved from one
+        key to another, say. Or they are valid now.
+        """
+        if len(batch.messages) > 1 and not batch.on_their_way:
+            self._member.split(batch, len(batch.messages) // 2)
+            return
+        batch.fruitless += 1
+        if batch.fruitless >= FRUITLESS_ISOLATIONS:
+            raise Halt("database", "Postgres refuses a message's row, and then it does not, again and again")
+        raise Outage("postgres", "Postgres refused a row, and then it did not")
 
     async def _dead_letter(self, batch: Batch) -> None:
         """Judge a batch, good ones too, and send the letters it has."""

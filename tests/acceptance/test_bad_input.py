@@ -210,6 +210,32 @@ def test_good_rows_land_and_bad_ones_are_letters(
     assert [] == [(_short(e), _short(f)) for e, f in zip(refused, found, strict=True) if e != f]
 
 
+def test_a_unique_value_that_moves_from_key_to_key(
+    kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon
+) -> None:
+    """P4, P5: rows that are valid one after the other, and not in the order of an upsert's statement, all land."""
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, email text UNIQUE)")
+    execute(database, "INSERT INTO users VALUES (1, 'a'), (2, 'b')")
+    name = topic()
+    producer = Producer({"bootstrap.servers": kafka.bootstrap})
+    for number, email in [
+        (2, "c"),
+        (1, "b"),
+        *((number, str(number)) for number in range(3, 100)),
+        (99, "d"),
+        (5, "99"),
+    ]:
+        producer.produce(name, json.dumps({"id": number, "email": email}))
+    producer.flush(TIMEOUT)
+    table = {"name": "users", "write": "upsert", "key": ["id"]}
+    run = daemon({"users": {"topics": [name], "table": table, "dead_letter": {"create": True}}})
+    wait_until(lambda: run.status()["handlers"]["users"]["written"] >= 101, TIMEOUT, "all rows")
+    assert not any(run.status()["handlers"]["users"]["dead_lettered"].values())
+    assert run.stop() == 0
+    rows = dict(execute(database, "SELECT id, email FROM users"))
+    assert rows == {number: str(number) for number in range(3, 100)} | {1: "b", 2: "c", 5: "99", 99: "d"}
+
+
 def _short(whole: tuple[Any, ...]) -> str:
     """Return what an assertion shows of something that may have 10 MB."""
     return json.dumps([repr(part)[:80] for part in whole])
