@@ -85,7 +85,7 @@ MUTANTS: dict[str, tuple[type | ModuleType, str, str, str, str, str]] = {
     "the lease is not compared": (
         Member, "holds", ".get(batch.partition) is lease", ".get(batch.partition) is not None", "all", "postgres"),
     "a revoke neither waits nor cuts": (
-        Member, "revoked", "await self._settle(partitions, deadline)", "pass", "rebalance", "postgres"),
+        Member, "revoked", "await self._settle(partitions, deadline)", "pass", "all", "postgres"),
     "claims are not awaited by a revoke": (
         Member, "revoked", "await self.assignment.claims_landed()", "pass", "rebalance", "postgres"),
     "messages of an earlier seek are taken": (
