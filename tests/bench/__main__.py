@@ -31,6 +31,8 @@ PARTITIONS = 6
 REPEATED = 10
 """Times that each key comes where keys are repeated."""
 UPSERT = {"table": {"write": "upsert", "key": ["id"]}}
+LEAST = 50_000
+"""Messages without which there is nothing to measure; figures that mean something take a million."""
 REPORT = Path("build/bench")
 
 
@@ -116,6 +118,8 @@ def main() -> None:
     arguments.add_argument("-n", "--messages", type=int, default=3_000_000)
     arguments.add_argument("-r", "--rounds", type=int, default=5)
     options = arguments.parse_args()
+    if options.messages < LEAST or options.rounds < 1:
+        arguments.error(f"at least {LEAST:,} messages and 1 round")
     with stage() as here:
         size = here.fill("bench", options.messages, PARTITIONS) / options.messages
         here.fill("again", options.messages, PARTITIONS, replace(SIX, keys=options.messages // REPEATED))
@@ -136,8 +140,9 @@ def main() -> None:
 
 def print_runs(seen: Rounds, size: float) -> None:
     """Print what each work took; nanoseconds of a core for each row."""
+    print("\nnanoseconds of a core for each row, by daemon, Postgres and broker; the daemon's peak memory")
     print(
-        f"\n{'':38}{'rows/s':>9}{'MB/s':>7}{'ceiling':>9}{'ratio':>7}{'daemon':>9}{'Postgres':>9}{'broker':>9}{'MiB':>6}"
+        f"{'':38}{'rows/s':>9}{'MB/s':>7}{'ceiling':>9}{'ratio':>7}{'daemon':>9}{'Postgres':>9}{'broker':>9}{'MiB':>6}"
     )
     for work, runs in seen.runs.items():
         rate = seen.median(work, "rate")

@@ -70,6 +70,8 @@ def carry(  # noqa: PLR0917 - what is carried where
         used = {name: cpu(pid) for name, pid in pids.items()}
         wait_for(run, look, count)
         ended = time.perf_counter()
+        if rows >= count:
+            raise SystemExit(f"{count} messages are too few to measure: all were there at the first look")
         per_row = {name: (cpu(pid) - used[name]) / (count - rows) * 1e9 for name, pid in pids.items()}
         peak = run.memory("VmHWM")
         run.stop()

@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 MEASURED, DOCS = Path("build/bench"), Path("docs")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 280, 240, 66, 100, 40, 52
@@ -84,7 +85,7 @@ def draw(path: Path, plots: list[Plot]) -> None:
 
 def speed() -> list[Plot]:
     """Return rows/s by batch size, a line for each number of connections."""
-    points = json.loads((MEASURED / "scaling.json").read_text(encoding="utf-8"))["batch x connections"]
+    points = measured("scaling")["batch x connections"]
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         lines.setdefault(f"connections: {point['connections']}", []).append((point["batch"], point["rate"]))
@@ -96,9 +97,17 @@ def speed() -> list[Plot]:
     return [Plot(batches, rows, lines, ("one raw COPY", raw))]
 
 
+def measured(name: str) -> Any:  # noqa: ANN401 - JSON
+    """Read what a benchmark kept."""
+    path = MEASURED / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: python -m tests.bench.{name} makes it")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def latency() -> list[Plot]:
     """Return milliseconds from produce to commit by rate, a plot for each `max_age`."""
-    runs = json.loads((MEASURED / "latency.json").read_text(encoding="utf-8"))
+    runs = measured("latency")
     names = {"p50": "p50", "p99": "p99", "p999": "p99.9"}
     times = [time * 1000 for run in runs for time in (run["max_age"], *(run[key] for key in names))]
     rates = Axis("messages/s", sorted({run["asked"] for run in runs}))
