@@ -181,16 +181,18 @@ def cut(conn: AsyncConnection[Any]) -> None:
 
 
 class TransactionId(NamedTuple):
-    """A transaction, and the history that its number belongs to: after a failover it may be another's."""
+    """A transaction, and the history that its number belongs to: after a failover or a crash it may be another's."""
 
     number: str
-    timeline: str
-    system: str
+    history: str
 
 
 _HISTORY = """\
-SELECT pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8),
-       (SELECT system_identifier::text FROM pg_catalog.pg_control_system())"""
+SELECT concat_ws(' ', pg_catalog.substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8),
+                 (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+                 pg_catalog.pg_postmaster_start_time(), (SELECT stats_reset FROM pg_catalog.pg_stat_archiver))"""
+"""A server that crashed gives the numbers out again that had not come to its disk. It is a crash that the start of the
+postmaster tells, or, where it outlived its backends, the statistics, which a crash resets."""
 
 
 async def transaction_id(conn: AsyncConnection[Any]) -> TransactionId:
@@ -203,7 +205,7 @@ async def transaction_id(conn: AsyncConnection[Any]) -> TransactionId:
 async def was_committed(conn: AsyncConnection[Any], transaction: TransactionId) -> bool:
     """Tell whether a transaction is known to have been committed; raises Outage while it is in progress still."""
     history = await call(conn, _HISTORY)
-    if history != [(transaction.timeline, transaction.system)]:
+    if history != [(transaction.history,)]:
         return False
     query = "SELECT pg_catalog.pg_xact_status(%(id)s::text::xid8)"
     ((status,),) = await call(conn, query, {"id": transaction.number})

@@ -408,7 +408,7 @@ class Database:
         elif query == watch._END_BLOCKERS:
             return self._end_blockers(values["pid"], values["ours"])
         elif query == postgres._HISTORY:
-            return [("00000001", "1")]
+            return [("00000001 1",)]
         elif query.startswith("SELECT generate_series"):
             return [(move,) for move in range(values["moves"])]
         elif "pg_current_xact_id" in query and backend.transaction is not None:
