@@ -95,6 +95,11 @@ class Assignment:
             self.assigned.pop(partition, None)
             self.held_up.pop(partition, None)
 
+    def lose(self, partitions: Sequence[TopicPartition]) -> None:
+        """Note a loss; what was left to commit is dropped."""
+        self.unassign(partitions)
+        self._thread.commits.drop(partitions)
+
     def release(self, partition: TopicPartition) -> None:
         """Give a lease up: what is in flight of it no longer counts."""
         self.leases.pop(partition, None)

@@ -58,6 +58,15 @@ class Commits:
         with self._lock:
             self._waiting.update({commit.partition: commit for commit in commits})
 
+    def drop(self, partitions: Iterable[TopicPartition]) -> None:
+        """Drop what was left of partitions that are lost, since the thread forgot them. Called on the loop.
+
+        A write may have ended in between; the partition may come back, and others commit meanwhile.
+        """
+        with self._lock:
+            for partition in partitions:
+                self._waiting.pop(partition, None)
+
     def promise(self, commits: Sequence[Commit]) -> list[asyncio.Future[None]]:
         """Commit offsets now; each future is done when the broker has acknowledged its commit. Called on the loop."""
         loop = asyncio.get_running_loop()

@@ -415,7 +415,7 @@ class Member:
 
     def lost(self, partitions: list[TopicPartition], why: str) -> None:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
-        self.assignment.unassign(partitions)
+        self.assignment.lose(partitions)
         self.release(partitions)
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
