@@ -63,6 +63,20 @@ def test_stopped_in_the_middle(folder: Path, number: signal.Signals, code: int) 
         folder.with_suffix(".log").unlink()
 
 
+def test_broker_hears_no_signal() -> None:
+    """None of its threads takes a signal: one that did would end, and `close` would wait for it for ever."""
+    from consumerd.commands.demo_parts.broker import Broker
+
+    before = set(Path("/proc/self/task").iterdir())
+    broker = Broker({"orders": 1})
+    begun = set(Path("/proc/self/task").iterdir()) - before
+    blocked = [re.search(r"SigBlk:\s+(\w+)", (task / "status").read_text()) for task in begun]
+    broker.close()
+    stops = sum(1 << number - 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    assert begun
+    assert [int(mask[1], 16) & stops if mask else 0 for mask in blocked] == [stops] * len(begun)
+
+
 def test_keep(folder: Path) -> None:
     """With --keep everything is left running, and what is printed reaches it, until Ctrl-C."""
     demo = subprocess.Popen(

@@ -9,6 +9,8 @@ older it drops without a word, so `bounds` is asked after every phase.
 from __future__ import annotations
 
 import ctypes
+import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import confluent_kafka as ck
@@ -19,7 +21,7 @@ from consumerd.commands.demo_parts.process import DemoFailed
 from consumerd.dead_letter import CONNECT_PREFIX, OUR_PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 LOG_LIMIT = 5 * 1024 * 1024
 """Bytes that the mock cluster keeps of a partition (rdkafka_mock.c: max_size); compressed batches count as they are."""
@@ -61,8 +63,9 @@ class Broker:
         error = ctypes.create_string_buffer(512)
         settings = library.rd_kafka_conf_new()
         library.rd_kafka_conf_set(settings, b"log_level", b"2", error, len(error))
-        self._client = library.rd_kafka_new(PRODUCER, settings, error, len(error))
-        self._cluster = library.rd_kafka_mock_cluster_new(self._client, 1) if self._client else None
+        with _signals_blocked():
+            self._client = library.rd_kafka_new(PRODUCER, settings, error, len(error))
+            self._cluster = library.rd_kafka_mock_cluster_new(self._client, 1) if self._client else None
         if not self._cluster:
             raise DemoFailed(f"librdkafka's mock cluster does not start: {error.value.decode()}")
         library.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, 0)
@@ -148,6 +151,20 @@ class Broker:
 
     def _consumer(self) -> ck.Consumer:
         return ck.Consumer({"bootstrap.servers": self.address, "group.id": "demo", "log_level": 2})
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Keep signals from the threads that are begun here: they inherit the mask.
+
+    A signal that is delivered to the mock cluster's thread interrupts its poll(), at which it ends (rdkafka_mock.c:
+    rd_kafka_mock_cluster_io_poll), and who then destroys the cluster waits for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _library() -> ctypes.CDLL:
