@@ -3,8 +3,8 @@
 Each partition is a queue of chunks (what one `consume()` brought for it). A batch is cut from the queue's front only
 when somebody takes it: one that is half full goes to a connection that is free, and grows to its bounds while all are
 busy. Whoever takes one for its age takes along what others hold, as far as it fits into one write: a trickle in many
-partitions is few transactions. A partition whose batch is out is not taken again before `done()`: its batches are
-written in offset order, one at a time.
+partitions is few transactions. With a chunk come its rows, packed for COPY. A partition whose batch is out is not taken
+again before `done()`: its batches are written in offset order, one at a time.
 """
 
 from __future__ import annotations
@@ -58,6 +58,19 @@ class Judged:
     refused: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Packed:
+    """What consecutive messages of one partition are as rows, ready for COPY. One for no mapping holds nothing."""
+
+    mapping: object = None
+    """What it was made by (`live_table.Mapping`): by another it is made again."""
+    messages: int
+    rows: int = 0
+    data: bytearray = field(default_factory=bytearray)
+    refused: dict[int, Refusal] = field(default_factory=dict)
+    """Position among the messages of each that is no row, and why."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
     """Consecutive messages of one partition, kept raw until they are checkpointed.
@@ -75,6 +88,10 @@ class Batch:
     gathered_since: float
     arrived: float = 0.0
     """When its last message came."""
+    packed: list[Packed] = field(default_factory=list)
+    """The messages as rows, piece by piece."""
+    packed_size: int = 0
+    """Bytes that are counted for it."""
     refused: dict[int, Refusal] = field(default_factory=dict)
     """Position in `messages` of each that does not become a row, and why."""
     lettered: set[int] = field(default_factory=set)
@@ -118,6 +135,7 @@ class Batch:
             reason=self.reason,
             gathered_since=self.gathered_since,
             arrived=self.arrived,
+            packed=self._cut_packed(count),
             refused={position - count: why for position, why in self.refused.items() if position >= count},
             lettered={position - count for position in self.lettered if position >= count},
         )
@@ -126,6 +144,24 @@ class Batch:
         self.size -= rest.size
         self.refused = {position: why for position, why in self.refused.items() if position < count}
         self.lettered = {position for position in self.lettered if position < count}
+        rest.packed_size = min(self.packed_size, sum(len(piece.data) for piece in rest.packed))
+        self.packed_size -= rest.packed_size
+        return rest
+
+    def _cut_packed(self, count: int) -> list[Packed]:
+        """Keep the pieces of the first `count` messages and return the others; one in the middle is dropped."""
+        kept: list[Packed] = []
+        rest: list[Packed] = []
+        start = 0
+        for piece in self.packed:
+            before = min(max(count - start, 0), piece.messages)
+            whole = before in {0, piece.messages}
+            if before:
+                kept.append(piece if whole else Packed(messages=before))
+            if before < piece.messages:
+                rest.append(piece if whole else Packed(messages=piece.messages - before))
+            start += piece.messages
+        self.packed = kept
         return rest
 
 
@@ -134,6 +170,7 @@ class _Chunk:
     messages: list[Message]
     size: int
     arrived: float
+    packed: Packed
 
 
 @dataclass(slots=True, eq=False)
@@ -181,6 +218,7 @@ class Accumulator:
         self.messages = 0
         """Messages held, batches that are out included."""
         self._size = 0
+        """Bytes of the messages held, and of what is packed of them."""
         self._write_time = 0.0
         """Seconds that a write takes, lately: batches close so much before they reach their age."""
 
@@ -194,15 +232,23 @@ class Accumulator:
         self.close([partition])
         self._queues[partition] = _Queue()
 
-    def add(self, partition: TopicPartition, messages: list[Message], size: int, now: float) -> bool:
+    def add(
+        self,
+        partition: TopicPartition,
+        messages: list[Message],
+        size: int,
+        now: float,
+        packed: Packed | None = None,
+    ) -> bool:
         """Gather what one `consume()` brought for an open partition; True when its batch is due for its size."""
+        packed = packed or Packed(messages=len(messages))
         queue = self._queues[partition]
         queue.tail = None
-        queue.chunks.append(_Chunk(messages, size, now))
+        queue.chunks.append(_Chunk(messages, size, now, packed))
         queue.messages += len(messages)
         queue.size += size
         self.messages += len(messages)
-        self._size += size
+        self._size += size + len(packed.data)
         return queue.out is None and self._bounds.reached(queue.messages, queue.size) is not None
 
     def tail(self, partition: TopicPartition, start: int, end: int) -> None:
@@ -266,14 +312,16 @@ class Accumulator:
         if queue is not None and queue.out is batch:
             queue.out = None
             self.messages -= len(batch.messages)
-            self._size -= batch.size
+            self._size -= batch.size + batch.packed_size
 
     def close(self, partitions: Iterable[TopicPartition]) -> None:
         """Drop partitions with all that they hold, a batch that is out included."""
         for partition in partitions:
             if queue := self._queues.pop(partition, None):
                 self.messages -= queue.messages + (len(queue.out.messages) if queue.out else 0)
-                self._size -= queue.size + (queue.out.size if queue.out else 0)
+                self._size -= queue.size + sum(len(chunk.packed.data) for chunk in queue.chunks)
+                self._size -= sum(batch.packed_size for batch in queue.rest)
+                self._size -= queue.out.size + queue.out.packed_size if queue.out else 0
 
     def next_due(self) -> float | None:
         """Return when the oldest gathered batch reaches `max_age`; None if nothing waits for that."""
@@ -344,10 +392,14 @@ class Accumulator:
         return rest
 
     def _cut(self, partition: TopicPartition, queue: _Queue, reason: FlushReason) -> Batch:
-        """Cut one batch within the bounds from a queue's front; at least one message, however large."""
+        """Cut one batch within the bounds from a queue's front; at least one message, however large.
+
+        Once it is half full it ends where a chunk does: the rows of one that is cut have to be packed again.
+        """
         since = arrived = queue.chunks[0].arrived
         messages: list[Message] = []
-        size = 0
+        packed: list[Packed] = []
+        size = packed_size = 0
         while queue.chunks:
             chunk = queue.chunks[0]
             arrived = chunk.arrived
@@ -356,13 +408,20 @@ class Accumulator:
                 queue.chunks.popleft()
                 messages += chunk.messages
                 size += chunk.size
+                packed.append(chunk.packed)
+                packed_size += len(chunk.packed.data)
                 continue
+            if self._bounds.reached(len(messages), size):
+                break
             if fits == 0 and not messages:
                 fits = 1
             head = chunk.messages[:fits]
             head_size = size_of(head)
+            packed.append(Packed(messages=len(head)))
+            packed_size += len(chunk.packed.data)
             chunk.messages = chunk.messages[fits:]
             chunk.size -= head_size
+            chunk.packed = Packed(messages=len(chunk.messages))
             messages += head
             size += head_size
             if not chunk.messages:
@@ -379,6 +438,8 @@ class Accumulator:
             reason=reason,
             gathered_since=since,
             arrived=arrived,
+            packed=packed,
+            packed_size=packed_size,
         )
 
     @staticmethod

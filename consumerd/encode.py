@@ -1,7 +1,7 @@
 """From messages to rows: which column reads what, and what becomes of a message that does not fit. Pure.
 
-Messages are decoded a slice at a time; only a slice of which one is refused is gone through message by message, so good
-ones pay nothing for the refusals.
+Messages are decoded together; only where one of them is refused are they gone through one by one, so good ones pay
+nothing for the refusals.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from consumerd.errors import Halt, Poison, Refusal
 from consumerd.formats import json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from consumerd.accumulator import Batch
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
-
-SLICE = 1000
-"""Messages decoded at a time: below a millisecond, after which others have a turn, and its rows fit the cache."""
 
 TOMBSTONE = Refusal(
     reason="missing", stage="decode", error="consumerd.errors.Poison", message="the message has no value (a tombstone)"
@@ -38,7 +34,7 @@ EMPTY = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a batch, in offset order; `positions` are their messages' positions in the batch."""
+    """Rows in offset order; `positions` are their messages' positions."""
 
     rows: list[Row]
     positions: Sequence[int]
@@ -53,40 +49,29 @@ class Encoder:
         self.table = table
         self._decode = json.decoder(fields)
 
-    def encode(self, batch: Batch) -> Rows:
-        """Decode what is not refused yet; what cannot be is added to `batch.refused`."""
-        slices = list(self.slices(batch))
-        positions = [position for one in slices for position in one.positions]
-        return Rows([row for one in slices for row in one.rows], positions)
-
-    def slices(self, batch: Batch) -> Iterator[Rows]:
-        """Decode as `encode` does, a slice of the batch at a time."""
-        for start in range(0, len(batch.messages), SLICE):
-            yield self._slice(batch, range(start, min(start + SLICE, len(batch.messages))))
-
-    def _slice(self, batch: Batch, positions: range) -> Rows:
-        messages: Sequence[Message] = batch.messages[positions.start : positions.stop]
-        if batch.refused.keys().isdisjoint(positions):
+    def encode(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
+        """Decode what is not refused yet; what cannot be is added to `refused`, by its position."""
+        if not refused:
             try:
-                return Rows(self._decode([m.value() for m in messages]), positions)  # type: ignore[misc]
-            except Exception:  # noqa: BLE001, S110 - message by message it is found which raised what
+                return Rows(self._decode([m.value() for m in messages]), range(len(messages)))  # type: ignore[misc]
+            except Exception:  # noqa: BLE001, S110 - one by one it is found which raised what
                 pass
-        return self._one_by_one(batch, positions)
+        return self._one_by_one(messages, refused)
 
-    def _one_by_one(self, batch: Batch, slice_: range) -> Rows:
+    def _one_by_one(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         rows: list[Row] = []
         positions: list[int] = []
-        for position in slice_:
-            if position in batch.refused:
+        for position, message in enumerate(messages):
+            if position in refused:
                 continue
-            value = batch.messages[position].value()
+            value = message.value()
             if not value:
-                batch.refused[position] = TOMBSTONE if value is None else EMPTY
+                refused[position] = TOMBSTONE if value is None else EMPTY
                 continue
             try:
                 rows += self._decode((value,))
             except (ValueError, RecursionError, Poison) as error:
-                batch.refused[position] = json.refusal(error)
+                refused[position] = json.refusal(error)
             else:
                 positions.append(position)
         return Rows(rows, positions)

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from consumerd import catalog, postgres
+from consumerd.accumulator import Packed
 from consumerd.encode import Encoder
 from consumerd.errors import ConfigError, Halt, TableChanged
 from consumerd.sinks.append import Append
+from consumerd.sinks.copy import CopyData
 from consumerd.sinks.upsert import Upsert
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from psycopg import AsyncConnection
 
     from consumerd.catalog import Table
     from consumerd.config import HandlerConfig
+    from consumerd.errors import Refusal
     from consumerd.sinks.base import Sink
+    from consumerd.types import Message
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,14 @@ class Mapping:
     def table(self) -> Table:
         """The table that both were made for."""
         return self.encoder.table
+
+    def pack(self, messages: Sequence[Message], refused: dict[int, Refusal] | None = None) -> Packed:
+        """Return the rows of messages that are not refused yet; raises Rejected, naming a row, as the sink does."""
+        refused = dict(refused or {})
+        rows = self.encoder.encode(messages, refused)
+        data = CopyData(packed=bytearray())
+        self.sink.pack(rows.rows, data)
+        return Packed(mapping=self, messages=len(messages), rows=data.rows, data=data.packed, refused=refused)
 
 
 class LiveTable:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, cast
 import tenacity
 
 from consumerd import metrics, postgres
-from consumerd.accumulator import Accumulator, size_of
+from consumerd.accumulator import Accumulator, Packed, size_of
 from consumerd.assignment import Assignment
 from consumerd.breaker import Breaker
 from consumerd.brokers import consumer_config
 from consumerd.budget import divide
 from consumerd.checkpoint import Checkpoints, KafkaCheckpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
-from consumerd.errors import ConsumerdError, Halt, Outage
+from consumerd.errors import ConsumerdError, Halt, Outage, Rejected
 from consumerd.kafka import ConsumerThread
 from consumerd.live_table import LiveTable
 from consumerd.progress import Progress
@@ -93,8 +93,6 @@ class Member:
         self.limit = self.budget.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again later with each that it did not."""
         self._grow_from = 0.0
-        self.encoding = asyncio.Lock()
-        """Held while a write is encoded: side by side all would be ready late, and Postgres would wait."""
         self._topics: Topics
         self._found: dict[str, Topic] = {}
         self.assignment: Assignment
@@ -355,6 +353,13 @@ class Member:
         """Return the share of the buffer that is used: of its memory, or of what keeps every connection busy."""
         return max((self._batches.memory + in_transit) / self.budget.full, self._batches.messages / self.budget.enough)
 
+    def pack(self, messages: list[Any]) -> Packed:
+        """Return what messages are as rows of the table as it is known now; called on the Kafka thread."""
+        try:
+            return self.table.mapping.pack(messages)
+        except Rejected:  # found again, and which, by whoever writes it
+            return Packed(messages=len(messages))
+
     def started(self, partition: TopicPartition, offset: int) -> None:
         """Open a leased partition: only what comes after this was fetched from where the lease goes on."""
         lease = self.assignment.leases.get(partition)
@@ -370,10 +375,10 @@ class Member:
             position = self._positions.get(chunk.partition)
             if position is None:
                 continue
-            messages, size = chunk.messages, chunk.size
+            messages, size, packed = chunk.messages, chunk.size, chunk.packed
             if messages[0].offset() < position:
                 messages = [message for message in messages if message.offset() >= position]
-                size = size_of(messages)
+                size, packed = size_of(messages), Packed(messages=len(messages))
             if messages:
                 if self._is_another_log(chunk.partition, messages[0]) or self._is_another_log(
                     chunk.partition, messages[-1]
@@ -381,7 +386,7 @@ class Member:
                     continue
                 self._positions[chunk.partition] = messages[-1].offset() + 1
                 self.progress.consumed(chunk.partition, len(messages))
-                if self._batches.add(chunk.partition, messages, size, now):
+                if self._batches.add(chunk.partition, messages, size, now, packed):
                     self._wake.set()
         if self._under_pressure():
             self._wake.set()

@@ -1,6 +1,6 @@
 """The path of a batch: one loop for each connection, read from top to bottom.
 
-`Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: decode, judge,
+`Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: pack, judge,
 dead-letter, then one transaction with checkpoint and rows. Whatever goes wrong leaves it as one of our errors, whose
 class says what happens next (`consumerd.errors`).
 """
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from consumerd import postgres
 from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
-from consumerd.encode import SLICE
 from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
 from consumerd.isolate import ORPHAN, isolate
 from consumerd.sinks.copy import CopyData
@@ -24,10 +23,12 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from consumerd.accumulator import Batch
+    from consumerd.accumulator import Batch, Packed
+    from consumerd.errors import Refusal
     from consumerd.live_table import Mapping
     from consumerd.member import Member
     from consumerd.postgres import Statement, TransactionId
+    from consumerd.types import Message
 
 Work = list[tuple["Batch", Lease]]
 """Batches of one write, each with the lease that its partition had when it was taken."""
@@ -144,10 +145,9 @@ class Writer:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
         await member.confirm_topics(max(batch.arrived for batch, _ in work))
-        async with member.encoding:
-            data = await _encode(work, mapping)
+        data = await _packed(work, mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
-            return  # given up while others were encoded
+            return  # given up while some of it was packed again
         for batch, _ in work:
             await self._dead_letter(batch)
         started = time.monotonic()
@@ -192,7 +192,7 @@ class Writer:
     async def _isolate(self, batch: Batch, lease: Lease, mapping: Mapping, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
         member = self._member
-        rows = mapping.encoder.encode(batch)
+        rows = mapping.encoder.encode(batch.messages, batch.refused)
         conn = await self._connection(mapping)
         work = [(batch, lease)]
         async with postgres.transaction(conn, *self._opening(work, mapping), probe=True) as answers:
@@ -242,17 +242,39 @@ class Writer:
         return self._conn
 
 
-async def _encode(work: Work, mapping: Mapping) -> CopyData:
-    """Turn messages into the data of one COPY; who waits for an answer of Postgres has a turn between two slices."""
+async def _packed(work: Work, mapping: Mapping) -> CopyData:
+    """Put together what came packed, and pack again what was made for another table, or what has been refused since.
+
+    What the pieces refuse is noted in their batches.
+    """
     data = CopyData()
-    turn = SLICE
     for batch, _ in work:
-        for rows in mapping.encoder.slices(batch):
-            mapping.sink.pack(rows.rows, data)
-            if data.rows >= turn:
-                await asyncio.sleep(0)
-                turn = data.rows + SLICE
+        start = 0
+        for number, piece in enumerate(batch.packed):
+            known = _within(batch.refused, start, piece.messages)
+            if piece.mapping is not mapping or not known.keys() <= piece.refused.keys():
+                piece = await _packed_again(batch.messages[start : start + piece.messages], known, mapping, data.rows)  # noqa: PLW2901
+                batch.packed[number] = piece
+            data.packed += piece.data
+            data.rows += piece.rows
+            batch.refused |= {start + position: why for position, why in piece.refused.items()}
+            start += piece.messages
     return data
+
+
+async def _packed_again(messages: list[Message], refused: dict[int, Refusal], mapping: Mapping, rows: int) -> Packed:
+    await asyncio.sleep(0)  # who waits for an answer of Postgres has a turn between two pieces
+    try:
+        return mapping.pack(messages, refused)
+    except Rejected as rejected:
+        raise Rejected(rejected.refusal, None if rejected.row is None else rows + rejected.row) from rejected
+
+
+def _within(refused: dict[int, Refusal], start: int, messages: int) -> dict[int, Refusal]:
+    """Return those refused of a piece of a batch, by their positions in the piece."""
+    if not refused:
+        return {}
+    return {position - start: why for position, why in refused.items() if start <= position < start + messages}
 
 
 def _check(answers: Sequence[Sequence[tuple[Any, ...]]], work: Work, mapping: Mapping) -> None:

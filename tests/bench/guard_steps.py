@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from confluent_kafka import Message
 
-from consumerd.accumulator import Accumulator, Bounds
+from consumerd.accumulator import Accumulator, Bounds, Packed
 from consumerd.catalog import Column, Table
 from consumerd.config import HandlerConfig
 from consumerd.encode import Encoder
@@ -47,7 +47,12 @@ class Alone(ConsumerThread):
         self._only = topic
         self._live = partitions
         self._told = 0
+        self._listener = cast("Any", self)
         self.chunks: Told = []
+
+    def pack(self, messages: list[Message]) -> Packed:
+        """Leave it for later: it is a step of its own."""
+        return Packed(messages=len(messages))
 
     def _tell(self, _: Callable[..., object], *what: Any) -> None:  # noqa: ANN401 - chunks, and their size
         self.chunks += what[0]
@@ -88,7 +93,7 @@ class Core:
         for partition in self._partitions:
             accumulator.open(partition)
         for chunk in chunks:
-            accumulator.add(chunk.partition, chunk.messages, chunk.size, 0.0)
+            accumulator.add(chunk.partition, chunk.messages, chunk.size, 0.0, chunk.packed)
         batches: list[Batch] = []
         while taken := accumulator.take(1.0):
             batches += taken
@@ -96,19 +101,13 @@ class Core:
                 accumulator.done(batch)
         return batches
 
-    def decode(self, batches: list[Batch]) -> list[list[Rows]]:
-        """Make rows of batches, slice by slice."""
-        return [list(self._encoder.slices(batch)) for batch in batches]
+    def decode(self, chunks: Told) -> list[Rows]:
+        """Make rows of chunks."""
+        return [self._encoder.encode(chunk.messages, {}) for chunk in chunks]
 
-    def pack(self, encoded: list[list[Rows]]) -> list[CopyData]:
-        """Make a COPY's data of each batch's rows."""
-        packed = []
-        for slices in encoded:
-            data = CopyData()
-            for rows in slices:
-                self._sink.pack(rows.rows, data)
-            packed.append(data)
-        return packed
+    def pack(self, encoded: list[Rows]) -> list[CopyData]:
+        """Pack the rows of each chunk."""
+        return [self._sink.pack(rows.rows, CopyData(packed=bytearray())) for rows in encoded]
 
 
 def message(number: int, value: bytes) -> Message:
@@ -128,7 +127,7 @@ def main() -> None:
         os.getloadavg()
         batches = path.gather(chunks)
         os.getloadavg()
-        encoded = path.decode(batches)
+        encoded = path.decode(chunks)
         os.getloadavg()
         packed = path.pack(encoded)
         os.getloadavg()

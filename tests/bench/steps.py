@@ -1,4 +1,4 @@
-"""Where the daemon's time goes: each step of the path alone, over messages of a real topic, in one thread.
+"""Where the daemon's time goes: each step of the path, over messages of a real topic, in one thread.
 
 What the daemon uses beyond the sum is what lies between the steps: the event
 loop, who waits for whom, and memory that has left the cache since another thread touched it.
@@ -9,28 +9,32 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from confluent_kafka import Consumer, TopicPartition
 from psycopg import AsyncConnection
 
+from consumerd.accumulator import Packed
 from consumerd.brokers import consumer_config
 from consumerd.config import KafkaConfig
+from consumerd.sinks.copy import CopyData
 from tests.bench.guard_steps import Core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from confluent_kafka import Message
-
+    from consumerd.accumulator import Batch
+    from consumerd.kafka import Chunk
     from consumerd.sinks.append import Append
-    from consumerd.sinks.copy import CopyData
     from tests.bench.stage import Shape, Stage
 
 T = TypeVar("T")
 MESSAGES = 200_000
 PIECE = 20_000
-"""Messages that go the way together, as in the daemon; the first such go it for practice."""
+"""Messages that are written together, as in the daemon; the first such go the way for practice."""
+CONSUME = 1000
+"""Messages that are packed while they are in the core's cache."""
 QUEUE = 64 << 20
 
 
@@ -68,22 +72,33 @@ def steps(stage: Stage, topic: str, partitions: int, shape: Shape, count: int = 
 
 def go(watch: Watch, path: Core, consumer: Consumer, dsn: str) -> None:
     """Have one piece go all the way."""
-    messages = watch.time("fetch", fetch, consumer)
-    chunks = watch.time("group", path.deliver, messages)
+    chunks: list[Chunk] = []
+    while sum(len(chunk.messages) for chunk in chunks) < PIECE:
+        messages = watch.time("fetch", consumer.consume, CONSUME, 0.005)
+        told = watch.time("group", path.deliver, messages)
+        encoded = watch.time("decode", path.decode, told)
+        packed = watch.time("encode", path.pack, encoded)
+        chunks += (replace(chunk, packed=packed_as(data)) for chunk, data in zip(told, packed, strict=True))
+        watch.time("free", free, encoded)
     batches = watch.time("gather", path.gather, chunks)
-    encoded = watch.time("decode", path.decode, batches)
-    packed = watch.time("encode", path.pack, encoded)
-    messages, chunks = [], []
-    watch.time("free", free, batches, encoded)
-    watch.time("write", lambda: asyncio.run(write(dsn, path.sink_of("stepped"), packed)))
+    written: list[CopyData] = watch.time("gather", list, map(together, batches))
+    messages, told, chunks = [], [], []
+    watch.time("free", free, batches)
+    watch.time("write", lambda: asyncio.run(write(dsn, path.sink_of("stepped"), written)))
 
 
-def fetch(consumer: Consumer) -> list[Message]:
-    """Consume messages as the daemon's thread does."""
-    messages: list[Message] = []
-    while len(messages) < PIECE:
-        messages += consumer.consume(min(1000, PIECE - len(messages)), 0.005)
-    return messages
+def packed_as(data: CopyData) -> Packed:
+    """Return rows as they come along with their chunk."""
+    return Packed(messages=data.rows, rows=data.rows, data=data.packed)
+
+
+def together(batch: Batch) -> CopyData:
+    """Return a batch's rows as the data of one COPY."""
+    data = CopyData()
+    for piece in batch.packed:
+        data.packed += piece.data
+        data.rows += piece.rows
+    return data
 
 
 def free(*lists: list[Any]) -> None:

@@ -136,9 +136,9 @@ MUTANTS = (
         breaks="P3: the rows of a batch are written last first",
         changes=(
             Change(
-                file="writer.py",
-                old="            mapping.sink.pack(rows.rows, data)\n",
-                new="            mapping.sink.pack(rows.rows[::-1], data)\n",
+                file="live_table.py",
+                old="        self.sink.pack(rows.rows, data)\n",
+                new="        self.sink.pack(rows.rows[::-1], data)\n",
             ),
         ),
     ),

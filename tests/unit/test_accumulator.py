@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumerd.accumulator import HEADER_OVERHEAD, MESSAGE_OVERHEAD, SAMPLE, Accumulator, Batch, Bounds, size_of
+from consumerd.accumulator import (
+    HEADER_OVERHEAD,
+    MESSAGE_OVERHEAD,
+    SAMPLE,
+    Accumulator,
+    Batch,
+    Bounds,
+    Packed,
+    size_of,
+)
 from consumerd.errors import Refusal
 from consumerd.types import Message, TopicPartition
 
@@ -375,6 +384,11 @@ def test_tail() -> None:
     assert (messages.partition, messages.first_offset) == (B, 3)
 
 
+def _packed(messages: Sequence[Message]) -> bytearray:
+    """Return rows of one byte each, told from each other by their offsets."""
+    return bytearray(message.offset() % 256 for message in messages)
+
+
 class Model:
     """Drives an accumulator at random and checks after each step what must always hold."""
 
@@ -393,7 +407,8 @@ class Model:
         messages: list[Message] = [Fake(first + i, size) for i, size in enumerate(sizes)]
         self.added[partition] += len(sizes)
         self.sizes[partition] += sizes
-        add(self.it, partition, messages, self.now)
+        packed = Packed(mapping=self, messages=len(messages), rows=len(messages), data=_packed(messages))
+        self.it.add(partition, messages, size_of(messages), self.now, packed)
 
     def take(self, *, pressure: bool) -> None:
         """Take, and check order, completeness, bounds."""
@@ -405,15 +420,25 @@ class Model:
             assert found == list(range(first, first + len(found))), "a hole, an overlap or another order"
             assert found, "an empty batch"
             assert batch.size == sum(len(m) for m in batch.messages)
+            self.check_packed(batch)
             self.taken[batch.partition] += len(found)
             self.out[batch.partition] = batch
         assert sum(len(b.messages) for b in batches) <= self.bounds.max_messages
         assert sum(b.size for b in batches) <= self.bounds.max_bytes or [len(b.messages) for b in batches] == [1]
 
+    def check_packed(self, batch: Batch) -> None:
+        """Check that the pieces cover the batch, and that one which is not empty holds its own messages' rows."""
+        start = 0
+        for piece in batch.packed:
+            assert piece.data == (_packed(batch.messages[start : start + piece.messages]) if piece.mapping else b"")
+            start += piece.messages
+        assert start == len(batch.messages)
+
     def split(self, partition: TopicPartition, chance: random.Random) -> None:
         """Keep a part of what is out."""
         if (batch := self.out.get(partition)) and len(batch.messages) > 1:
-            self.it.split(batch, chance.randint(1, len(batch.messages) - 1))
+            self.check_packed(self.it.split(batch, chance.randint(1, len(batch.messages) - 1)))
+            self.check_packed(batch)
             self.taken[partition] = batch.next_offset
 
     def close(self, partition: TopicPartition) -> None:
@@ -430,14 +455,15 @@ class Model:
             self.it.done(batch)
 
     def check(self) -> None:
-        """Check memory: all that was added and is not done."""
+        """Check memory: all that was added and is not done; what is packed of it, at least."""
         expected = 0
         for partition, sizes in self.sizes.items():
             kept = self.taken[partition]
             if partition in self.out:
                 kept -= len(self.out[partition].messages)
             expected += sum(sizes[kept:]) + MESSAGE_OVERHEAD * len(sizes[kept:])
-        assert self.it.memory == expected
+        packed = sum(len(piece.data) for batch in self.out.values() for piece in batch.packed)
+        assert expected + packed <= self.it.memory <= expected + sum(self.added.values())
 
     def drain(self) -> None:
         """Take all that is left."""

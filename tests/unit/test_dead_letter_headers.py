@@ -209,6 +209,6 @@ def test_no_value_of_the_row(name: str, literal: str) -> None:
     )
     table = Table(name="t", identifier="t", columns=(column,), unique=(), fingerprint="")
     it = batch(Fake(body=f'{{"{SECRET}": 1, "{name}": {literal}}}'.encode()))
-    Encoder(table, HANDLER).encode(it)
+    Encoder(table, HANDLER).encode(it.messages, it.refused)
     for refusal in it.refused.values():
         assert [(key, value) for key, value in made(Fake(), refusal) if SECRET.encode() in (value or b"")] == []

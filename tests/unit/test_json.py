@@ -397,7 +397,7 @@ def batch(*values: bytes | None) -> Batch:
 def test_batch_with_poison() -> None:
     """The good messages of a batch are rows with their positions; each bad one, a tombstone too, is refused alone."""
     it = batch(b'{"a":"x"}', None, b"", b'{"a":"y"}', b'{"a":1}', b'{"b":' + b"[" * 9999, b'{"a":"\xff"}', b'{"a":"z"}')
-    rows = encoder(field("text").column).encode(it)
+    rows = encoder(field("text").column).encode(it.messages, it.refused)
     assert (rows.rows, list(rows.positions)) == ([("x",), ("y",), ("z",)], [0, 3, 7])
     reasons = {position: each.reason for position, each in it.refused.items()}
     assert reasons == {1: "missing", 2: "malformed", 4: "type", 5: "malformed", 6: "encoding"}
@@ -408,5 +408,5 @@ def test_batch_encoded_again() -> None:
     """What is refused already, by the database too, is left out of the rows."""
     it = batch(b'{"a":"x"}', b'{"a":"y"}', b'{"a":"z"}')
     it.refused[1] = TOMBSTONE
-    rows = encoder(field("text").column).encode(it)
+    rows = encoder(field("text").column).encode(it.messages, it.refused)
     assert (rows.rows, list(rows.positions), list(it.refused)) == ([("x",), ("z",)], [0, 2], [1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from consumerd import kafka, live_table, member, metrics, postgres, progress, re
 from consumerd.catalog import Column, Table
 from consumerd.checkpoint import Checkpoints
 from consumerd.encode import Encoder
+from consumerd.sinks.copy import SIGNATURE
 from tests.unit.simulation import broker, database, world
 from tests.unit.simulation.loop import CLOCK, OWNER
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from consumerd.config import PostgresConfig
 
 
+ROW = struct.Struct(">qq")
+
+
 class Sink:
     """Writes rows as they are."""
 
@@ -31,14 +36,15 @@ class Sink:
         """Need nothing."""
 
     def pack(self, rows: Sequence[tuple[Any, ...]], data: Any) -> Any:  # noqa: ANN401
-        """Leave rows as they are."""
-        data.packed = [*(data.packed if data.rows else ()), *rows]
+        """Write rows one behind the other."""
+        for row in rows:
+            data.packed += ROW.pack(*row)
         data.rows += len(rows)
         return data
 
     async def write(self, conn: Any, data: Any) -> None:  # noqa: ANN401
         """Copy rows into the simulated table."""
-        await conn.execute(database.COPY, data.packed)
+        await conn.execute(database.COPY, list(ROW.iter_unpack(data.packed[len(SIGNATURE) :])))
 
 
 class TextCheckpoints(Checkpoints):
