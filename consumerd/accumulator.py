@@ -66,7 +66,7 @@ class Packed:
     """What it was made by (`live_table.Mapping`): by another it is made again."""
     messages: int
     rows: int = 0
-    data: bytearray = field(default_factory=bytearray)
+    data: bytes = b""
     refused: dict[int, Refusal] = field(default_factory=dict)
     """Position among the messages of each that is no row, and why."""
 

@@ -56,7 +56,7 @@ def divide(memory: int, handler: HandlerConfig) -> Budget:
     return Budget(
         queue=int(memory * LIBRDKAFKA_SHARE),
         buffered=buffered,
-        full=buffered - min(CONSUME_BYTES, buffered // 8),
+        full=buffered - min(2 * CONSUME_BYTES, buffered // 8),  # what comes is there twice, once packed
         batch=bounds,
         enough=BATCHES_PER_CONNECTION * connections * bounds.max_messages,
     )

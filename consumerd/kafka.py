@@ -51,6 +51,9 @@ CONSUME_MESSAGES = 1000
 CONSUME_BYTES = 1024 * 1024
 """Bytes of one `consume()`, as its first message lets expect: all that librdkafka holds, and as much again that it then
 fetches, would be too much."""
+PACKED_AT_ONCE = 4096
+"""Mean bytes of messages up to which they are packed when they come. Larger ones gain nothing by it, for no cache holds
+a thousand of them, and would be in memory twice for as long as they wait."""
 IDLE_WAIT = 0.05
 """Seconds that an idle `consume()` waits; what the loop asks for waits as long."""
 LINGER = 0.005
@@ -322,7 +325,7 @@ class ConsumerThread(threading.Thread):
             else:
                 grouped[message.topic(), message.partition()].append(message)  # type: ignore[index]
         chunks = [
-            Chunk(partition, group, size_of(group), self._listener.pack(group))  # type: ignore[arg-type]
+            self._chunk(partition, group)
             for key, group in grouped.items()
             if (partition := TopicPartition(self._only, key) if isinstance(key, int) else TopicPartition(*key))
             in self._live
@@ -333,6 +336,13 @@ class ConsumerThread(threading.Thread):
             self._tell(self._received, chunks, size)
         for event in events:  # after the messages: what is said of a gap is said of what follows them
             self._on_event(consumer, event)
+
+    def _chunk(self, partition: TopicPartition, messages: list[ck.Message]) -> Chunk:
+        size = size_of(messages)  # type: ignore[arg-type]
+        small = size <= PACKED_AT_ONCE * len(messages)
+        return Chunk(
+            partition, messages, size, self._listener.pack(messages) if small else Packed(messages=len(messages))
+        )
 
     def _received(self, chunks: list[Chunk], size: int) -> None:
         self._listener.received(chunks)

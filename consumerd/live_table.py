@@ -52,7 +52,7 @@ class Mapping:
         rows = self.encoder.encode(messages, refused)
         data = CopyData(packed=bytearray())
         self.sink.pack(rows.rows, data)
-        return Packed(mapping=self, messages=len(messages), rows=data.rows, data=data.packed, refused=refused)
+        return Packed(mapping=self, messages=len(messages), rows=data.rows, data=bytes(data.packed), refused=refused)
 
 
 class LiveTable:

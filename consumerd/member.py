@@ -93,6 +93,8 @@ class Member:
         self.limit = self.budget.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again later with each that it did not."""
         self._grow_from = 0.0
+        self.packing = asyncio.Lock()
+        """Held while a write is put together: side by side all would be ready late, and all in memory."""
         self._topics: Topics
         self._found: dict[str, Topic] = {}
         self.assignment: Assignment

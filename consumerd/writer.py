@@ -145,7 +145,8 @@ class Writer:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
         await member.confirm_topics(max(batch.arrived for batch, _ in work))
-        data = await _packed(work, mapping)
+        async with member.packing:
+            data = await _packed(work, mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while some of it was packed again
         for batch, _ in work:
@@ -243,18 +244,17 @@ class Writer:
 
 
 async def _packed(work: Work, mapping: Mapping) -> CopyData:
-    """Put together what came packed, and pack again what was made for another table, or what has been refused since.
+    """Put together what came packed, and pack what did not, was made for another table, or has been refused since.
 
     What the pieces refuse is noted in their batches.
     """
     data = CopyData()
     for batch, _ in work:
         start = 0
-        for number, piece in enumerate(batch.packed):
+        for piece in batch.packed:
             known = _within(batch.refused, start, piece.messages)
             if piece.mapping is not mapping or not known.keys() <= piece.refused.keys():
                 piece = await _packed_again(batch.messages[start : start + piece.messages], known, mapping, data.rows)  # noqa: PLW2901
-                batch.packed[number] = piece
             data.packed += piece.data
             data.rows += piece.rows
             batch.refused |= {start + position: why for position, why in piece.refused.items()}

@@ -98,7 +98,8 @@ class Scene(Events):
         self.catches_up()
         wait_until(lambda: self.state() == "running", SEEN_WITHIN, "the state `running`")
         assert self.metric("halts_total", "events") == 0
-        assert again or self.retries() > 0
+        # A COMMIT that landed and was not answered for a while is found in the checkpoint, and not tried again.
+        assert again or self.retries() > 0 or "a connection is deaf" in self.run.logs()
         self.stream.check(self.dsn, letters_once=not again)
 
 

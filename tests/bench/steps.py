@@ -89,7 +89,7 @@ def go(watch: Watch, path: Core, consumer: Consumer, dsn: str) -> None:
 
 def packed_as(data: CopyData) -> Packed:
     """Return rows as they come along with their chunk."""
-    return Packed(messages=data.rows, rows=data.rows, data=data.packed)
+    return Packed(messages=data.rows, rows=data.rows, data=bytes(data.packed))
 
 
 def together(batch: Batch) -> CopyData:

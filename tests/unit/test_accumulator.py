@@ -384,9 +384,9 @@ def test_tail() -> None:
     assert (messages.partition, messages.first_offset) == (B, 3)
 
 
-def _packed(messages: Sequence[Message]) -> bytearray:
+def _packed(messages: Sequence[Message]) -> bytes:
     """Return rows of one byte each, told from each other by their offsets."""
-    return bytearray(message.offset() % 256 for message in messages)
+    return bytes(message.offset() % 256 for message in messages)
 
 
 class Model:
