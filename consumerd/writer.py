@@ -259,6 +259,7 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
             data.rows += piece.rows
             batch.refused |= {start + position: why for position, why in piece.refused.items()}
             start += piece.messages
+        assert start == len(batch.messages), "rows that are of no message of the batch"  # noqa: S101 - else rows double
     return data
 
 

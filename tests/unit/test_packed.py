@@ -1,0 +1,98 @@
+"""What came packed serves the write it was packed for; anything else is packed again."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from consumerd.accumulator import Batch, Packed
+from consumerd.encode import TOMBSTONE
+from consumerd.errors import Refusal, Rejected
+from consumerd.sinks.copy import SIGNATURE
+from consumerd.types import TopicPartition
+from consumerd.writer import _packed
+
+BAD = "x"
+
+
+@dataclass(eq=False)
+class Fake:
+    """A mapping of letters into their bytes, which finds a `!` undecodable and has no binary form for an `x`."""
+
+    packs: list[str] = field(default_factory=list)
+
+    def pack(self, messages: Any, refused: dict[int, Refusal] | None = None) -> Packed:  # noqa: ANN401
+        """Pack, and note what."""
+        self.packs.append("".join(messages))
+        known = {**(refused or {}), **{at: TOMBSTONE for at, message in enumerate(messages) if message == "!"}}
+        good = [message for at, message in enumerate(messages) if at not in known]
+        if BAD in good:
+            raise Rejected(TOMBSTONE, good.index(BAD))
+        return Packed(mapping=self, messages=len(messages), rows=len(good), data="".join(good).encode(), refused=known)
+
+
+def batch(*pieces: Packed, messages: str) -> Batch:
+    """Make a batch of messages of one letter each."""
+    return Batch(
+        partition=TopicPartition("o", 0),
+        first_offset=0,
+        next_offset=len(messages),
+        messages=cast("Any", list(messages)),
+        size=len(messages),
+        reason="age",
+        gathered_since=0.0,
+        packed=list(pieces),
+    )
+
+
+def put_together(mapping: Fake, *batches: Batch) -> tuple[int, bytes]:
+    """Return rows and data of one write."""
+    data = asyncio.run(_packed([(one, cast("Any", None)) for one in batches], cast("Any", mapping)))
+    assert data.packed.startswith(SIGNATURE)
+    return data.rows, bytes(data.packed.removeprefix(SIGNATURE))
+
+
+def test_as_it_came() -> None:
+    """Pieces of one mapping are put together in order, across batches; what they refuse is noted by position."""
+    mapping = Fake()
+    first = batch(mapping.pack("ab"), mapping.pack("c!"), messages="abc!")
+    second = batch(mapping.pack("!e"), messages="!e")
+    mapping.packs.clear()
+    assert put_together(mapping, first, second) == (4, b"abce")
+    assert (mapping.packs, list(first.refused), list(second.refused)) == ([], [3], [0])
+
+
+def test_of_another_table() -> None:
+    """What was packed for another mapping, or for none, is packed for this one."""
+    mapping = Fake()
+    it = batch(mapping.pack("ab"), Fake().pack("cd"), Packed(messages=1), messages="abcde")
+    mapping.packs.clear()
+    assert put_together(mapping, it) == (5, b"abcde")
+    assert mapping.packs == ["cd", "e"]
+
+
+def test_refused_since() -> None:
+    """The piece that holds a row which the database refused is packed without it, the others are left alone."""
+    mapping = Fake()
+    it = batch(mapping.pack("a!"), mapping.pack("cde"), mapping.pack("f"), messages="a!cdef")
+    it.refused[3] = TOMBSTONE
+    mapping.packs.clear()
+    assert put_together(mapping, it) == (4, b"acef")
+    assert (mapping.packs, sorted(it.refused)) == (["cde"], [1, 3])
+
+
+def test_no_binary_form() -> None:
+    """A row without a binary form is named by its number in the write."""
+    mapping = Fake()
+    it = batch(mapping.pack("ab"), Packed(messages=3), messages="abcxe")
+    with pytest.raises(Rejected) as raised:
+        put_together(mapping, it)
+    assert raised.value.row == 3
+
+
+def test_rows_of_no_message() -> None:
+    """Pieces that are not of the batch's messages are never written."""
+    mapping = Fake()
+    with pytest.raises(AssertionError):
+        put_together(mapping, batch(mapping.pack("abc"), messages="bc"))
