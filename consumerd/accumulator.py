@@ -28,15 +28,13 @@ MESSAGE_OVERHEAD = 400
 (measured as resident memory per message of 100,000 buffered ones: 250 to 390)."""
 HEADER_OVERHEAD = 100
 """Bytes that a header costs beside its name and value (measured: 60 to 80)."""
-WRITES = 8
-"""Writes that the expected time of the next is an average of, the newer ones weighing more."""
 SAMPLE = 32
 """Of so many messages one is asked for its key and headers, which takes 0.2 microseconds, and 1.5 for each header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Upper bounds of a batch. `max_age` in seconds, from the arrival of its first message to its commit."""
+    """Upper bounds of a batch. `max_age` in seconds, from the arrival of its first message until it is due."""
 
     max_messages: int
     max_bytes: int
@@ -219,8 +217,6 @@ class Accumulator:
         """Messages held, batches that are out included."""
         self._size = 0
         """Bytes of the messages held, and of what is packed of them."""
-        self._write_time = 0.0
-        """Seconds that a write takes, lately: batches close so much before they reach their age."""
 
     @property
     def memory(self) -> int:
@@ -302,10 +298,6 @@ class Accumulator:
             size += batch.size
         return batches
 
-    def took(self, seconds: float) -> None:
-        """Take note of how long a write took."""
-        self._write_time += (seconds - self._write_time) / WRITES
-
     def done(self, batch: Batch) -> None:
         """Forget a batch that was taken. One of a partition closed since then is forgotten already."""
         queue = self._queues.get(batch.partition)
@@ -326,7 +318,7 @@ class Accumulator:
     def next_due(self) -> float | None:
         """Return when the oldest gathered batch reaches `max_age`; None if nothing waits for that."""
         arrived = [since for queue in self._queues.values() if (since := queue.since) is not None]
-        return min(arrived) + self._age if arrived else None
+        return min(arrived) + self._bounds.max_age if arrived else None
 
     def holds(self, partitions: Iterable[TopicPartition]) -> bool:
         """Whether any of these has messages that are not written."""
@@ -349,17 +341,12 @@ class Accumulator:
             return first.messages[0]
         return queue.chunks[0].messages[0] if queue.chunks else None
 
-    @property
-    def _age(self) -> float:
-        """Seconds from a message's arrival after which its batch closes, to be committed within `max_age`."""
-        return self._bounds.max_age - min(self._write_time, self._bounds.max_age / 2)
-
     def _due(self, queue: _Queue, now: float, *, pressure: bool) -> FlushReason | None:
         if queue.rest:
             return queue.rest[0].reason
         if reason := self._bounds.reached(queue.messages, queue.size):
             return reason
-        if now - queue.chunks[0].arrived >= self._age:
+        if now - queue.chunks[0].arrived >= self._bounds.max_age:
             return "age"
         return queue.hurry or ("pressure" if pressure else None)
 

@@ -22,6 +22,9 @@ ROW_COPIES = 2
 """Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY."""
 ROW_OVERHEAD = 600
 """Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
+GATHERING_SHARE = 0.5
+"""Share of the handler's `max_age`, which lasts to the commit, for gathering; the rest is for the brokers' and the
+write's own time. Who takes a batch for its age is free: it costs a transaction more, and nobody's turn."""
 BATCHES_PER_CONNECTION = 3
 """Full batches to hold for each connection: the one being written, the next, and one more: partitions come by turns.
 With one, connections had nothing to write a third of the time (seen); a fourth is memory for nothing."""
@@ -51,7 +54,7 @@ def divide(memory: int, handler: HandlerConfig) -> Budget:
     bounds = Bounds(
         max_messages=max(1, min(batch.max_messages, rows // ROW_OVERHEAD)),
         max_bytes=max(1, min(batch.max_bytes, rows // 2 // ROW_COPIES)),
-        max_age=batch.max_age,
+        max_age=batch.max_age * GATHERING_SHARE,
     )
     return Budget(
         queue=int(memory * LIBRDKAFKA_SHARE),

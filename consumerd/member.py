@@ -261,7 +261,6 @@ class Member:
             self.progress.written(batch, seconds)
             if batch.leader_epoch is not None:
                 lease.leader_epoch = batch.leader_epoch
-        self._batches.took(seconds)
         self.assignment.commit(commits)
         self._settled.set()
         if time.monotonic() >= self._grow_from:

@@ -66,12 +66,16 @@ class Rows:
 
 def encode(shape: Shape, count: int) -> Rows:
     """Encode all messages, batches of one partition each as the daemon's are."""
-    starts = range(0, count, BATCH)
-    sizes = [min(BATCH, count - at) for at in starts]
+    turn = BATCH * PARTITIONS
+    batches = [
+        (first, len(range(first, min(start + turn, count), PARTITIONS)))
+        for start in range(0, count, turn)
+        for first in range(start, min(start + PARTITIONS, count))
+    ]
     return Rows(
         whole=shape.packed(0, count),
-        batches=[shape.packed(at, size) for at, size in zip(starts, sizes, strict=True)],
-        numbered=[shape.packed(at, size, ordinal=True) for at, size in zip(starts, sizes, strict=True)],
+        batches=[shape.packed(first, size, step=PARTITIONS) for first, size in batches],
+        numbered=[shape.packed(first, size, step=PARTITIONS, ordinal=True) for first, size in batches],
     )
 
 

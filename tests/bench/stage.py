@@ -64,14 +64,14 @@ class Shape:
         )
         return f"CREATE TABLE {name} ({columns}{', PRIMARY KEY (id)' if self.primary_key else ''})"
 
-    def packed(self, first: int, count: int, *, ordinal: bool = False) -> bytes:
-        """Return messages' rows as COPY data, with a column that numbers them if asked for."""
+    def packed(self, first: int, count: int, *, step: int = 1, ordinal: bool = False) -> bytes:
+        """Return the rows of each step-th message as COPY data, with a column that numbers them if asked for."""
         columns = [
             Column(name=name, oid=oid, typmod=-1, type_name=kind, not_null=needed, automatic=False)
             for name, oid, kind, needed in self.columns
         ]
         decode = decoder(tuple(Field(column=column, path=(column.name,)) for column in columns))
-        rows = iter(decode(self.value(number) for number in range(first, first + count)))
+        rows = iter(decode(self.value(number) for number in range(first, first + count * step, step)))
         oids = [column.oid for column in columns]
         data = CopyData()
         if ordinal:

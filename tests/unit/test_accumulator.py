@@ -154,20 +154,6 @@ def test_bound_by_age() -> None:
     assert (offsets([batch]), batch.reason, batch.gathered_since) == ([(0, [0, 1])], "age", 5.0)
 
 
-def test_age_counts_to_the_commit() -> None:
-    """A batch closes earlier by the time that writes take, lately, and never before half of its age."""
-    it = gathered(WIDE, A)
-    for _ in range(100):
-        it.took(0.25)
-    add(it, A, fakes(0, 1), now=5.0)
-    assert it.next_due() == pytest.approx(5.75)
-    assert it.take(5.74) == []
-    for _ in range(100):
-        it.took(9.0)
-    assert it.next_due() == 5.5
-    assert offsets(it.take(5.5)) == [(0, [0])]
-
-
 def test_one_that_is_due_brings_the_others_along() -> None:
     """What is not due yet goes with what is, behind it and as far as it fits; alone it is not taken."""
     it = gathered(Bounds(max_messages=5, max_bytes=1000, max_age=1.0), A, B, C)
