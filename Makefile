@@ -1,7 +1,7 @@
 # Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
 # configuration (index, proxy, certificates) from where it always does.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench bench-guard bench-peers bench-scaling chaos chaos-long chaos-mutants lock clean
+.PHONY: demo test lint docs bench bench-guard bench-peers bench-scaling chaos chaos-long chaos-mutants lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -23,6 +23,9 @@ lint: .venv/.dev-installed  ## ruff, mypy, the rules of import
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+
+docs: .venv/.dev-installed  ## docs/configuration.md, from the config's own types
+	@$(BIN)/python -m tests.reference
 
 bench: .venv/.dev-installed  ## rows/s, next to a raw COPY
 	@$(BIN)/python -m tests.bench

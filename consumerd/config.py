@@ -198,28 +198,45 @@ class KafkaConfig(_Section):
     """How to reach the brokers, for consumers, producers and admin calls."""
 
     bootstrap_servers: Text
+    """The brokers to begin with, `host:port` and commas between them."""
     group_instance_id: Text | None = None
+    """Static membership: a name that is this process's own in each group, `"${HOSTNAME}"` say. A restart within
+    `session.timeout.ms` then takes its partitions up again at once, without a rebalance."""
     admin: bool = True
-    """Whether the brokers answer admin calls (the demo's mock cluster does not)."""
+    """Whether the brokers answer admin calls, by which topics are told from their namesakes (the demo's broker does
+    not)."""
     properties: Annotated[dict[str, Annotated[Property, PlainValidator(_property)]], BeforeValidator(_with_names)] = {}
+    """Any property of librdkafka, its name in quotes, for all clients; but those that the daemon owns, which are
+    refused by name. A secret is `{ credential = NAME }`, `{ file = PATH }` or `{ env = NAME }`."""
 
 
 class PostgresConfig(_Section):
     """How to reach the database, and where the daemon keeps its own tables."""
 
     dsn: Annotated[str | Secret, PlainValidator(lambda value, info: parse_dsn(value, _folder(info)))]
+    """A connection string of libpq without a password, as a URL or as `key=value`; services and `.pgpass` work. Or
+    the way to one: `{ credential = NAME }`, `{ file = PATH }`, `{ env = NAME }`."""
     password: Annotated[Secret | None, PlainValidator(lambda value, info: parse_password(value, _folder(info)))] = None
+    """The way to the password: `{ credential = NAME }`, `{ file = PATH }` or `{ env = NAME }`, read again at each
+    connect."""
     schema_name: Identifier = Field(default="consumerd", validation_alias="schema")
+    """The schema where the daemon keeps its checkpoints."""
     settings: Annotated[dict[str, Annotated[str, PlainValidator(_setting)]], BeforeValidator(_with_names)] = {}
+    """Settings of the sessions: `statement_timeout`, `lock_timeout`, `role`, and so on."""
 
 
 class DaemonConfig(_Section):
-    """What belongs to the process: `drain_timeout` in seconds, `max_buffered` in bytes over all handlers."""
+    """What belongs to the process. `drain_timeout` is in seconds, `max_buffered` in bytes."""
 
     handlers: Annotated[Path, BeforeValidator(_absolute)] = Field(default=Path("handlers"), validate_default=True)
+    """The folder of the handlers' files; a relative path starts at this file's folder."""
     listen: Annotated[str, AfterValidator(_listen)] = "127.0.0.1:9464"
+    """Where `/metrics`, `/healthz`, `/readyz` and `/status` are; port 0 takes a free one, which the log tells."""
     drain_timeout: Duration = 30.0
+    """How long a stop may write what is gathered; after it the daemon leaves without, and nothing is lost."""
     max_buffered: Size = 512 << 20
+    """The bound of what all handlers together have fetched, gathered and in flight; each has an equal share.
+    docs/performance.md says what comes on top of it."""
 
     @property
     def listen_host(self) -> str:
@@ -233,19 +250,25 @@ class DaemonConfig(_Section):
 
 
 class LogConfig(_Section):
-    """What is logged; `heartbeat` in seconds."""
+    """What is logged. `heartbeat` is in seconds."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
     format: Literal["auto", "text", "json"] = "auto"
+    """The lines' form; `auto` is text on a terminal and JSON elsewhere."""
     heartbeat: Duration = 60.0
+    """Time between two lines that tell how each handler does."""
 
 
 class TableConfig(_Section):
-    """Where rows go: `name` is `table` or `schema.table`."""
+    """Where rows go, and how."""
 
     name: Annotated[str, _must(_is_table, 'must be "table" or "schema.table"')]
+    """The table, `table` or `schema.table`, resolved as psql does."""
     write: Literal["append", "upsert"]
+    """What a message does: `append` adds a row, `upsert` adds or replaces the row of its key."""
     key: Annotated[tuple[Identifier, ...], Field(strict=False), _UNIQUE] = Field(default=(), validate_default=True)
+    """The columns that tell rows apart, for upsert, which needs them; the table needs a unique index on them."""
 
     @field_validator("key")
     @classmethod
@@ -264,7 +287,9 @@ class ColumnConfig(_Section):
     source: Annotated[str, _must(lambda path: all(path.split(".")), 'must be a path such as "customer.name"')] = Field(
         validation_alias="from"
     )
+    """The path into the message's value, names with dots between them. A string in place of the table is the path."""
     default: Any = UNSET
+    """What stands in for a value that is absent or null: a string, a number, true or false."""
 
     @property
     def has_default(self) -> bool:
@@ -285,18 +310,23 @@ class ColumnConfig(_Section):
 
 
 class BatchConfig(_Section):
-    """Upper bounds of a batch: messages, bytes, seconds."""
+    """Upper bounds of a batch. `max_age` is in seconds."""
 
     max_messages: Annotated[int, _between(1, 1_000_000)] = 20_000
+    """Messages of a batch, at most. Half of it is written once a connection is free."""
     max_bytes: Size = 8 << 20
+    """Bytes of a batch's keys, values and headers, at most; a larger message goes alone."""
     max_age: Duration = 0.5
+    """Time from a message's arrival to its row's commit while the database keeps up: it is written after half of it."""
 
 
 class RetryConfig(_Section):
-    """The waits between tries of an outage, in seconds: from `initial`, growing up to `max`."""
+    """The waits between two tries of what an outage prevents, for as long as it lasts. In seconds."""
 
     initial: Duration = 0.1
+    """The first wait, from which it grows."""
     max: Duration = 2.0
+    """The longest wait."""
 
     @model_validator(mode="after")
     def _max_is_not_less(self) -> Self:
@@ -306,21 +336,29 @@ class RetryConfig(_Section):
 
 
 class PoisonConfig(_Section):
-    """When a handler halts: more than `max_ratio` of at least `min_messages` within `window` seconds were poison."""
+    """When a handler halts because too much of its stream is poison. `window` is in seconds."""
 
     max_ratio: Annotated[float, _must(lambda ratio: 0 < ratio <= 1, "must be more than 0 and at most 1")] = 0.05
+    """The share of messages above which the handler halts."""
     window: Duration = 60.0
+    """The time over which messages are counted."""
     min_messages: Count = 1000
+    """Messages within the window from which on the share counts."""
 
 
 class DeadLetterConfig(_Section):
-    """Where poison goes, and how that topic is made if `create` is set; `retention_ms` -1 keeps for ever."""
+    """Where poison goes, and how that topic is made if `create` is set."""
 
     topic: Topic
+    """The dead-letter topic."""
     create: bool = False
+    """Whether it is made at the start when it is missing, with what follows."""
     retention_ms: Annotated[int, _must(lambda number: number >= -1, "must be -1 (for ever) or more")] = -1
+    """Milliseconds that its letters are kept; -1 for ever."""
     partitions: Count = 1
+    """Its partitions."""
     replication: Count = 1
+    """Its replicas."""
 
 
 class HandlerConfig(_Section):
@@ -337,16 +375,24 @@ class HandlerConfig(_Section):
         _must(len, 'must not be empty: write topics = ["orders"]'),
         _UNIQUE,
     ]
+    """The topics, by name, or by a regular expression that begins with `^`; it never matches a dead-letter topic."""
     group_id: Text
+    """The consumer group; `<handler>` is the name of the file."""
     start: Annotated[Literal["earliest", "latest"] | datetime, PlainValidator(_start)] = "earliest"
+    """Where a partition begins that has no checkpoint: `earliest`, `latest`, or a time with its zone."""
     format: Literal["json"] = "json"
+    """What a message's value is."""
     checkpoint: Literal["postgres", "kafka"] = "postgres"
+    """Where the checkpoint is: `postgres`, in the rows' transaction, exactly once; `kafka`, append at least once."""
     max_connections: Annotated[int, _between(1, 64)] = 4
+    """Connections of this handler that write side by side, each another partition's batch."""
     table: TableConfig
     columns: (
         Annotated[dict[Identifier, ColumnConfig], _must(len, "is empty: leave it out for every column of the table")]
         | None
     ) = None
+    """Which columns are written, and where their values come from. Without it: each column from the field of its own
+    name, generated and identity columns left to Postgres."""
     batch: BatchConfig = BatchConfig()
     retry: RetryConfig = RetryConfig()
     poison: PoisonConfig = PoisonConfig()
