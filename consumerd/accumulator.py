@@ -13,6 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from consumerd.packed import Packed, joined, parted
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -54,19 +56,6 @@ class Judged:
     at: float
     messages: int
     refused: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Packed:
-    """What consecutive messages of one partition are as rows, ready for COPY. One for no mapping holds nothing."""
-
-    mapping: object = None
-    """What it was made by (`live_table.Mapping`): by another it is made again."""
-    messages: int
-    rows: int = 0
-    data: bytes = b""
-    refused: dict[int, Refusal] = field(default_factory=dict)
-    """Position among the messages of each that is no row, and why."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -124,6 +113,7 @@ class Batch:
         """
         assert not self.on_their_way, "a letter would not find its batch"  # noqa: S101 - the caller's promise
         kept = size_of(self.messages[:count])
+        self.packed, rest_packed = parted(self.packed, count)
         rest = Batch(
             partition=self.partition,
             first_offset=self.messages[count].offset(),
@@ -133,7 +123,7 @@ class Batch:
             reason=self.reason,
             gathered_since=self.gathered_since,
             arrived=self.arrived,
-            packed=self._cut_packed(count),
+            packed=rest_packed,
             refused={position - count: why for position, why in self.refused.items() if position >= count},
             lettered={position - count for position in self.lettered if position >= count},
         )
@@ -142,24 +132,8 @@ class Batch:
         self.size -= rest.size
         self.refused = {position: why for position, why in self.refused.items() if position < count}
         self.lettered = {position for position in self.lettered if position < count}
-        rest.packed_size = min(self.packed_size, sum(len(piece.data) for piece in rest.packed))
+        rest.packed_size = min(self.packed_size, sum(piece.memory for piece in rest.packed))
         self.packed_size -= rest.packed_size
-        return rest
-
-    def _cut_packed(self, count: int) -> list[Packed]:
-        """Keep the pieces of the first `count` messages and return the others; one in the middle is dropped."""
-        kept: list[Packed] = []
-        rest: list[Packed] = []
-        start = 0
-        for piece in self.packed:
-            before = min(max(count - start, 0), piece.messages)
-            whole = before in {0, piece.messages}
-            if before:
-                kept.append(piece if whole else Packed(messages=before))
-            if before < piece.messages:
-                rest.append(piece if whole else Packed(messages=piece.messages - before))
-            start += piece.messages
-        self.packed = kept
         return rest
 
 
@@ -244,7 +218,7 @@ class Accumulator:
         queue.messages += len(messages)
         queue.size += size
         self.messages += len(messages)
-        self._size += size + len(packed.data)
+        self._size += size + packed.memory
         return queue.out is None and self._bounds.reached(queue.messages, queue.size) is not None
 
     def tail(self, partition: TopicPartition, start: int, end: int) -> None:
@@ -311,7 +285,7 @@ class Accumulator:
         for partition in partitions:
             if queue := self._queues.pop(partition, None):
                 self.messages -= queue.messages + (len(queue.out.messages) if queue.out else 0)
-                self._size -= queue.size + sum(len(chunk.packed.data) for chunk in queue.chunks)
+                self._size -= queue.size + sum(chunk.packed.memory for chunk in queue.chunks)
                 self._size -= sum(batch.packed_size for batch in queue.rest)
                 self._size -= queue.out.size + queue.out.packed_size if queue.out else 0
 
@@ -385,27 +359,27 @@ class Accumulator:
         """
         since = arrived = queue.chunks[0].arrived
         messages: list[Message] = []
-        packed: list[Packed] = []
+        pieces: list[Packed] = []
         size = packed_size = 0
         while queue.chunks:
             chunk = queue.chunks[0]
-            arrived = chunk.arrived
             fits = self._fitting(chunk, self._bounds.max_messages - len(messages), self._bounds.max_bytes - size)
             if fits == len(chunk.messages):
                 queue.chunks.popleft()
                 messages += chunk.messages
                 size += chunk.size
-                packed.append(chunk.packed)
-                packed_size += len(chunk.packed.data)
+                pieces.append(chunk.packed)
+                packed_size += chunk.packed.memory
+                arrived = chunk.arrived
                 continue
-            if self._bounds.reached(len(messages), size):
+            if messages and (fits == 0 or self._bounds.reached(len(messages), size)):
                 break
-            if fits == 0 and not messages:
-                fits = 1
+            fits = fits or 1
             head = chunk.messages[:fits]
             head_size = size_of(head)
-            packed.append(Packed(messages=len(head)))
-            packed_size += len(chunk.packed.data)
+            pieces.append(Packed(messages=len(head)))
+            packed_size += chunk.packed.memory
+            arrived = chunk.arrived
             chunk.messages = chunk.messages[fits:]
             chunk.size -= head_size
             chunk.packed = Packed(messages=len(chunk.messages))
@@ -425,7 +399,7 @@ class Accumulator:
             reason=reason,
             gathered_since=since,
             arrived=arrived,
-            packed=packed,
+            packed=joined(pieces),
             packed_size=packed_size,
         )
 

@@ -1,9 +1,9 @@
 """The thread that owns a handler's Consumer: nobody else ever calls it.
 
-It consumes, groups by partition, has the messages packed as rows while they are in its core's cache (a quarter of that
-work is saved), hands chunks to the event loop, and runs what the loop asks for (start a partition, look at offsets)
-from a queue between two calls. Commits are not asked for one by one: the loop leaves the newest for
-each partition, and the thread sends them now and then.
+It consumes, groups by partition, has the messages packed as rows while they are in its core's cache, hands chunks to
+the event loop, and runs what the loop asks for (start a partition, look at offsets) from a queue between two calls.
+Commits are not asked for one by one: the loop leaves the newest for each partition, and the thread sends them now and
+then.
 
 Callbacks of librdkafka run inside `consume()` on this thread and never raise: an exception there destroys messages
 that were fetched already. A revoke is the one thing that waits for the loop: the batches in flight are settled before
@@ -23,6 +23,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,9 +34,10 @@ import orjson
 from confluent_kafka import KafkaError, KafkaException
 
 from consumerd import brokers
-from consumerd.accumulator import MESSAGE_OVERHEAD, Packed, size_of
+from consumerd.accumulator import MESSAGE_OVERHEAD, Bounds, size_of
 from consumerd.commits import Commits
 from consumerd.errors import ConsumerdError, Halt, Outage
+from consumerd.packed import Packed
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONSUME_MESSAGES = 1000
-"""Messages of one `consume()`: 300 microseconds of holding the interpreter lock."""
+"""Messages of one `consume()`, at most: a millisecond of holding the interpreter lock, packing included."""
 CONSUME_BYTES = 1024 * 1024
 """Bytes of one `consume()`, as its first message lets expect: all that librdkafka holds, and as much again that it then
 fetches, would be too much."""
@@ -156,8 +158,13 @@ class Listener(Protocol):
 class ConsumerThread(threading.Thread):
     """One member of one consumer group."""
 
-    def __init__(self, config: dict[str, Any], topics: Sequence[str], listener: Listener, name: str) -> None:
+    def __init__(
+        self, config: dict[str, Any], topics: Sequence[str], listener: Listener, name: str, batch: Bounds
+    ) -> None:
         super().__init__(name=f"kafka-{name}", daemon=True)
+        # No chunk is more than half of a batch: it is not cut, which would cost its packed rows.
+        self._most_messages = min(CONSUME_MESSAGES, max(1, batch.max_messages // 2))
+        self._most_bytes = min(CONSUME_BYTES, batch.max_bytes // 2)
         self._config = config
         self._topics = list(topics)
         self._only = topics[0] if len(topics) == 1 and not topics[0].startswith("^") else ""
@@ -261,9 +268,13 @@ class ConsumerThread(threading.Thread):
                 self._finish(consumer)
         except ConsumerdError as error:
             self._fail(error)
-        except Exception as error:
-            log.exception("the Kafka thread failed")
-            self._fail(Halt("bug", f"the Kafka thread failed: {type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001 - the root of the thread
+            # Frames and classes alone: texts of exceptions hold values of rows.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            extra = {"error": type(error).__qualname__, "frames": frames}
+            log.error("the Kafka thread failed", extra=extra)  # noqa: TRY400
+            said = f": {_text(error)}" if isinstance(error, KafkaException) else ""
+            self._fail(Halt("bug", f"the Kafka thread failed: {type(error).__name__}{said}"))
         finally:
             consumer.close()
 
@@ -292,7 +303,7 @@ class ConsumerThread(threading.Thread):
         self._look_around(consumer, now)
         if self._has_room(consumer, now):
             messages = consumer.consume(1, IDLE_WAIT)
-            if messages and (more := min(CONSUME_MESSAGES, CONSUME_BYTES // _memory(messages)) - 1) > 0:
+            if messages and (more := min(self._most_messages, self._most_bytes // _memory(messages)) - 1) > 0:
                 messages += consumer.consume(more, LINGER)
             self._deliver(consumer, messages)
         else:
@@ -331,7 +342,7 @@ class ConsumerThread(threading.Thread):
             in self._live
         ]
         if chunks:
-            size = sum(chunk.size + len(chunk.packed.data) + MESSAGE_OVERHEAD * len(chunk.messages) for chunk in chunks)
+            size = sum(chunk.size + chunk.packed.memory + MESSAGE_OVERHEAD * len(chunk.messages) for chunk in chunks)
             self._told += size
             self._tell(self._received, chunks, size)
         for event in events:  # after the messages: what is said of a gap is said of what follows them

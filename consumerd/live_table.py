@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from consumerd import catalog, postgres
-from consumerd.accumulator import Packed
 from consumerd.encode import Encoder
 from consumerd.errors import ConfigError, Halt, TableChanged
+from consumerd.packed import Packed
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
 from consumerd.sinks.upsert import Upsert

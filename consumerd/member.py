@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import tenacity
 
 from consumerd import metrics, postgres
-from consumerd.accumulator import Accumulator, Packed, size_of
+from consumerd.accumulator import Accumulator, size_of
 from consumerd.assignment import Assignment
 from consumerd.breaker import Breaker
 from consumerd.brokers import consumer_config
@@ -30,6 +30,7 @@ from consumerd.dead_letter import DeadLetters
 from consumerd.errors import ConsumerdError, Halt, Outage, Rejected
 from consumerd.kafka import ConsumerThread
 from consumerd.live_table import LiveTable
+from consumerd.packed import Packed
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
 from consumerd.topics import Topics
@@ -170,7 +171,7 @@ class Member:
             await conn.close()
         settings = consumer_config(self.config.kafka, self.handler.group_id, self.budget.queue)
         self._writers = [Writer(self, f"writer {n}") for n in range(self.handler.max_connections)]
-        self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name)
+        self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name, self.budget.batch)
         self.assignment = Assignment(
             self.config.kafka,
             self.handler,

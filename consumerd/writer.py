@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from consumerd.accumulator import Batch, Packed
+    from consumerd.accumulator import Batch
     from consumerd.errors import Refusal
     from consumerd.live_table import Mapping
     from consumerd.member import Member
+    from consumerd.packed import Packed
     from consumerd.postgres import Statement, TransactionId
     from consumerd.types import Message
 
@@ -250,7 +251,7 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
     """
     data = CopyData()
     for batch, _ in work:
-        start = 0
+        start, before = 0, data.rows
         for piece in batch.packed:
             known = _within(batch.refused, start, piece.messages)
             if piece.mapping is not mapping or not known.keys() <= piece.refused.keys():
@@ -259,7 +260,10 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
             data.rows += piece.rows
             batch.refused |= {start + position: why for position, why in piece.refused.items()}
             start += piece.messages
-        assert start == len(batch.messages), "rows that are of no message of the batch"  # noqa: S101 - else rows double
+        if not start == data.rows - before + len(batch.refused) == len(batch.messages):
+            raise Halt(
+                "bug", f"{data.rows - before} rows and {len(batch.refused)} refusals of {len(batch.messages)} messages"
+            )
     return data
 
 

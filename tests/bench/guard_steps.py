@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from confluent_kafka import Message
 
-from consumerd.accumulator import Accumulator, Bounds, Packed
+from consumerd.accumulator import Accumulator, Bounds
 from consumerd.catalog import Column, Table
 from consumerd.config import HandlerConfig
 from consumerd.encode import Encoder
 from consumerd.kafka import ConsumerThread
+from consumerd.packed import Packed
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
 from consumerd.types import TopicPartition

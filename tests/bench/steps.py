@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from confluent_kafka import Consumer, TopicPartition
 from psycopg import AsyncConnection
 
-from consumerd.accumulator import Packed
 from consumerd.brokers import consumer_config
 from consumerd.config import KafkaConfig
+from consumerd.packed import Packed
 from consumerd.sinks.copy import CopyData
 from tests.bench.guard_steps import Core
 

@@ -15,10 +15,10 @@ from consumerd.accumulator import (
     Accumulator,
     Batch,
     Bounds,
-    Packed,
     size_of,
 )
 from consumerd.errors import Refusal
+from consumerd.packed import PACKED_OVERHEAD, Packed
 from consumerd.types import Message, TopicPartition
 
 A, B, C = (TopicPartition("orders", number) for number in range(3))
@@ -449,7 +449,8 @@ class Model:
                 kept -= len(self.out[partition].messages)
             expected += sum(sizes[kept:]) + MESSAGE_OVERHEAD * len(sizes[kept:])
         packed = sum(len(piece.data) for batch in self.out.values() for piece in batch.packed)
-        assert expected + packed <= self.it.memory <= expected + sum(self.added.values())
+        most = sum(number * (1 + PACKED_OVERHEAD) for number in self.added.values())
+        assert expected + packed <= self.it.memory <= expected + most
 
     def drain(self) -> None:
         """Take all that is left."""
@@ -492,4 +493,8 @@ def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
             case _:
                 model.it.hurry([partition], "revoke")
         model.check()
-    model.drain()
+    if chance.random() < 0.5:
+        model.it.close([A, B, C])
+        assert model.it.memory == 0
+    else:
+        model.drain()

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from consumerd.accumulator import Batch, Packed
+from consumerd.accumulator import Accumulator, Batch, Bounds
 from consumerd.encode import TOMBSTONE
-from consumerd.errors import Refusal, Rejected
+from consumerd.errors import Halt, Refusal, Rejected
+from consumerd.packed import Packed
 from consumerd.sinks.copy import SIGNATURE
 from consumerd.types import TopicPartition
 from consumerd.writer import _packed
@@ -30,6 +31,16 @@ class Fake:
         if BAD in good:
             raise Rejected(TOMBSTONE, good.index(BAD))
         return Packed(mapping=self, messages=len(messages), rows=len(good), data="".join(good).encode(), refused=known)
+
+
+class Message(str):  # noqa: SLOT000 - it has an offset
+    """A letter with an offset."""
+
+    at = 0
+
+    def offset(self) -> int:
+        """Give the offset."""
+        return self.at
 
 
 def batch(*pieces: Packed, messages: str) -> Batch:
@@ -94,5 +105,21 @@ def test_no_binary_form() -> None:
 def test_rows_of_no_message() -> None:
     """Pieces that are not of the batch's messages are never written."""
     mapping = Fake()
-    with pytest.raises(AssertionError):
+    with pytest.raises(Halt):
         put_together(mapping, batch(mapping.pack("abc"), messages="bc"))
+
+
+def test_a_trickle_of_poison() -> None:
+    """Thousands of messages that came one by one are a few pieces of a batch: none is looked at for each other."""
+    mapping = Fake()
+    it = Accumulator(Bounds(max_messages=20_000, max_bytes=1 << 20, max_age=0.0))
+    partition = TopicPartition("o", 0)
+    it.open(partition)
+    for number in range(5_000):
+        message: Any = Message("a!"[number % 2])
+        message.at = number
+        it.add(partition, [message], 1, 0.0, mapping.pack([message]))
+    (one,) = it.take(1.0)
+    assert [piece.messages for piece in one.packed] == [1_000] * 5
+    rows, data = put_together(mapping, one)
+    assert (rows, data, list(one.refused)) == (2_500, b"a" * 2_500, list(range(1, 5_000, 2)))

@@ -24,6 +24,7 @@ from tests.unit.simulation.loop import CLOCK, NEUTRAL, OWNER
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from consumerd.accumulator import Bounds
     from tests.unit.simulation.world import Process, World
 
 TOPIC = "orders"
@@ -267,8 +268,15 @@ class Consumer:
 class Thread(ConsumerThread):
     """The Kafka thread of one member, as callbacks of the loop: `_step` is what its own loop does in one turn."""
 
-    def __init__(self, config: dict[str, Any], topics: Sequence[str], listener: Any, name: str) -> None:  # noqa: ANN401
-        super().__init__(config, topics, listener, name)
+    def __init__(
+        self,
+        config: dict[str, Any],
+        topics: Sequence[str],
+        listener: Any,  # noqa: ANN401
+        name: str,
+        batch: Bounds,
+    ) -> None:
+        super().__init__(config, topics, listener, name, batch)
         self.process: Process = OWNER.get()  # type: ignore[assignment]
         self.process.thread = self
         self.world = self.process.world
