@@ -244,7 +244,7 @@ _TYPES: dict[int, Any] = {
     23: _integer(32),
     25: str,
     JSON: msgspec.Raw,
-    REAL: Annotated[float, msgspec.Meta(gt=-LEAST_INFINITE_REAL, lt=LEAST_INFINITE_REAL)],
+    REAL: Annotated[float, msgspec.Meta(ge=-LEAST_INFINITE_REAL, le=LEAST_INFINITE_REAL)],
     DOUBLE: float,
     1042: str,
     1043: str,
@@ -352,7 +352,9 @@ def _real(entry: Field) -> Callable[[float | None, bytes], float | None]:
         if _half_way(value):
             sent = decimal.Decimal(_literal(message, entry.path))
             if sent != decimal.Decimal(value):
-                return math.nextafter(value, math.copysign(math.inf, sent - decimal.Decimal(value)))
+                value = math.nextafter(value, math.copysign(math.inf, sent - decimal.Decimal(value)))
+            if abs(value) >= LEAST_INFINITE_REAL:
+                raise Poison(_refusal("range", "a number too large for real", entry.column.name))
         return value
 
     return real

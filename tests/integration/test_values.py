@@ -175,6 +175,8 @@ def stricter(type_name: str, literal: str) -> str | None:
         "the year is 1 to 9999": type_name == "date" and (string or "").startswith("0000"),
         "a time is HH:MM:SS, with a fraction, before midnight": family.startswith("time")
         and not re.fullmatch(r"([01]\d|2[0-3]):\d\d:[0-5]\d(\.\d+)?", string or ""),
+        "a time is before midnight when it is rounded": family == "time"
+        and (string or "").startswith("23:59:59.999999"),
         "only a string is an enum's label, or text of a domain": type_name in {"mood", "short"} and string is None,
         "a string is no integer of a domain": type_name == "whole"
         and (string is not None or "." in literal or "e" in literal.lower()),
