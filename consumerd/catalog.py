@@ -19,21 +19,32 @@ if TYPE_CHECKING:
 
 SUPPORTED: dict[int, str] = {
     16: "boolean",
+    17: "bytea",
     20: "bigint",
     21: "smallint",
     23: "integer",
     25: "text",
+    114: "json",
+    700: "real",
     701: "double precision",
+    1042: "char",
     1043: "varchar",
+    1082: "date",
+    1083: "time",
+    1114: "timestamp",
     1184: "timestamptz",
     1700: "numeric",
     2950: "uuid",
     3802: "jsonb",
 }
-"""Types whose binary form is proven equal to INSERT with parameters by a property test; oid to name."""
+"""Types whose binary form is proven equal to INSERT with parameters by a property test; oid to name. Enums are text,
+and a domain is what it is over."""
+
+TEXT, CHAR, VARCHAR, NUMERIC = 25, 1042, 1043, 1700
+"""Oids of types that are treated apart."""
 
 VARHDRSZ = 4
-"""What Postgres adds to the length in a varchar's type modifier, and to a numeric's packed one."""
+"""What Postgres adds to the length in a char's or varchar's type modifier, and to a numeric's packed one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +53,11 @@ class Column:
 
     name: str
     oid: int
+    """The type's; of a domain that of the type below it, with its modifier; of an enum, whose binary form is its
+    label, that of text."""
     typmod: int
     type_name: str
+    """The type's own name, for sentences."""
     not_null: bool
     automatic: bool
     """Generated or identity: left to Postgres unless it is mapped by name."""
@@ -51,13 +65,13 @@ class Column:
 
     @property
     def max_length(self) -> int | None:
-        """Characters that a varchar(n) holds."""
-        return self.typmod - VARHDRSZ if self.type_name.startswith("character varying(") else None
+        """Characters that a char(n) or varchar(n) holds."""
+        return self.typmod - VARHDRSZ if self.oid in {CHAR, VARCHAR} and self.typmod >= VARHDRSZ else None
 
     @property
     def integer_digits(self) -> int | None:
         """Digits before the point that a numeric(p, s) holds."""
-        if self.type_name.startswith("numeric(") and self.typmod >= VARHDRSZ:
+        if self.oid == NUMERIC and self.typmod >= VARHDRSZ:
             packed = self.typmod - VARHDRSZ
             precision, scale = packed >> 16 & 0xFFFF, packed & 0x7FF
             return precision - ((scale ^ 1024) - 1024)  # the scale is an 11-bit signed number since Postgres 15
@@ -99,9 +113,18 @@ FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamesp
 WHERE c.oid = to_regclass(%(name)s)"""
 
 _COLUMNS = """\
-SELECT attname, atttypid::int8, atttypmod, format_type(atttypid, atttypmod), attnotnull,
-       attidentity <> '' OR attgenerated <> '', atthasdef, ({fingerprint})
-FROM pg_catalog.pg_attribute WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
+SELECT attname, CASE WHEN base.kind = 'e' THEN {text} ELSE base.oid::int8 END, base.typmod,
+       format_type(atttypid, atttypmod), attnotnull, attidentity <> '' OR attgenerated <> '', atthasdef, ({fingerprint})
+FROM pg_catalog.pg_attribute, LATERAL (
+    WITH RECURSIVE below(oid, kind, next, next_typmod, typmod) AS (
+        SELECT oid, typtype, typbasetype, typtypmod, atttypmod FROM pg_catalog.pg_type WHERE oid = atttypid
+        UNION ALL
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, below.next_typmod
+        FROM below JOIN pg_catalog.pg_type t ON t.oid = below.next WHERE below.kind = 'd'
+    )
+    SELECT oid, kind, typmod FROM below WHERE kind <> 'd'
+) base
+WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
 """Columns and fingerprint come of one statement: of two, the second may see another table than the first."""
 
 _UNIQUE = """\
@@ -147,7 +170,7 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         grants = [f"GRANT {', '.join(missing)} ON {identifier} TO {role};"] if missing else []
         grants += [] if schema_usage else [f"GRANT USAGE ON SCHEMA {identifier.split('.')[0]} TO {role};"]
         raise Halt("table", f"role {role} lacks privileges on {name}; type: {' '.join(grants)}")
-    query = sql.SQL(_COLUMNS).format(fingerprint=fingerprint_query(name), oid=sql.Literal(oid))
+    query = sql.SQL(_COLUMNS).format(fingerprint=fingerprint_query(name), oid=sql.Literal(oid), text=sql.Literal(TEXT))
     rows = await (await conn.execute(query)).fetchall()
     columns = tuple(
         Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a, has_default=d)

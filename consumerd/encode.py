@@ -101,7 +101,7 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
         )
     problems += [
         f"column {field.column.name} of {table.name} is {field.column.type_name}, which is not supported yet; "
-        f"supported: {', '.join(SUPPORTED.values())}. List the other columns under [columns] to leave it out"
+        f"supported: {', '.join(SUPPORTED.values())}, enums, domains. List the others under [columns] to leave it out"
         for field in fields
         if field.column.oid not in SUPPORTED
     ]

@@ -10,9 +10,11 @@ cost as much as the row. All names in it are made here (`f0`, `f1`, ...), none c
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
 import decimal
 import json
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterable
@@ -32,9 +34,21 @@ ABSENT: Final = object()
 JSONB_VERSION: Final = b"\x01"
 """The byte that stands before the text in jsonb's binary form."""
 
+JSON: Final = 114
 JSONB: Final = 3802
 NUMERIC: Final = 1700
+REAL: Final = 700
 DOUBLE: Final = 701
+TIME: Final = 1083
+
+FORMS: Final = {JSON: b"", JSONB: JSONB_VERSION}
+"""What stands before a JSON column's text in its binary form."""
+
+LEAST_INFINITE_REAL: Final = (2 - 2**-24) * 2.0**127
+"""From here on the nearest real is infinite, half-way between the largest and what would come after it."""
+
+LARGEST_ZERO_REAL: Final = 2.0**-150
+"""Up to here the nearest real is 0."""
 
 DOUBLE_DIGITS: Final = 300
 """Zeros behind the point from which on a number without an exponent may be too small for a double."""
@@ -129,6 +143,7 @@ class _Compiler:
         self.names: dict[str, Any] = {
             "__builtins__": {},
             "version": JSONB_VERSION,
+            "plain": FORMS[JSON],
             "null": msgspec.Raw(_NULL),
         } | {f"default{index}": value for index, value in self._defaults.items()}
 
@@ -163,9 +178,9 @@ class _Compiler:
         column = self._fields[index].column
         self._note(index, _pick(self._fields[index], source, self.names, index), guards)
         kind = _annotation(column)
-        if column.oid == JSONB:
+        if column.oid in FORMS:
             default = self._defaults[index]
-            raw = msgspec.Raw(_NULL if default is None else default[len(JSONB_VERSION) :])
+            raw = msgspec.Raw(_NULL if default is None else default[len(FORMS[column.oid]) :])
             return (kind,) if self._required(index) else (kind, raw)
         if not column.not_null:
             kind |= None
@@ -223,12 +238,19 @@ def _integer(bits: int) -> object:
 
 _TYPES: dict[int, Any] = {
     16: bool,
+    17: bytes,
     20: _integer(64),
     21: _integer(16),
     23: _integer(32),
     25: str,
+    JSON: msgspec.Raw,
+    REAL: Annotated[float, msgspec.Meta(ge=-LEAST_INFINITE_REAL, le=LEAST_INFINITE_REAL)],
     DOUBLE: float,
+    1042: str,
     1043: str,
+    1082: dt.date,
+    TIME: Annotated[dt.time, msgspec.Meta(tz=False)],
+    1114: Annotated[dt.datetime, msgspec.Meta(tz=False)],
     1184: Annotated[dt.datetime, msgspec.Meta(tz=True)],
     NUMERIC: decimal.Decimal,
     2950: uuid.UUID,
@@ -246,18 +268,22 @@ def _annotation(column: Column) -> Any:  # noqa: ANN401 - a type form
 def _pick(entry: Field, source: str, names: dict[str, Any], index: int) -> str:
     """Return the expression that makes a decoded value the row's; `v` is the message's value."""
     column = entry.column
-    if column.oid == JSONB:
+    if column.oid in FORMS:
         otherwise = "None"
         if column.not_null:
             names[f"missing{index}"] = _missing(column.name)
             otherwise = f"missing{index}()"
-        return f"(version + {source} if {source} != null else {otherwise})"
+        form = "version" if column.oid == JSONB else "plain"
+        return f"({form} + {source} if {source} != null else {otherwise})"
     if column.oid == NUMERIC:
         names[f"numeric{index}"] = _numeric(entry)
         return f"numeric{index}({source}, v)"
     if column.oid == DOUBLE:
         names[f"zero{index}"] = _zero(entry)
         return f"({source} or zero{index}({source}, v))"
+    if column.oid in {REAL, TIME}:
+        names[f"checked{index}"] = _real(entry) if column.oid == REAL else _time(entry)
+        return f"checked{index}({source}, v)"
     return source
 
 
@@ -266,8 +292,8 @@ def _default(entry: Field) -> Any:  # noqa: ANN401 - of the column's type
     if entry.default is ABSENT:
         return None
     column = entry.column
-    if column.oid == JSONB:
-        return JSONB_VERSION + msgspec.json.encode(entry.default)
+    if column.oid in FORMS:
+        return FORMS[column.oid] + msgspec.json.encode(entry.default)
     try:
         value = msgspec.convert(entry.default, _annotation(column))
         return _numeric(entry)(value, b"") if column.oid == NUMERIC else value
@@ -312,6 +338,47 @@ def _zero(entry: Field) -> Callable[[float | None, bytes], float | None]:
         return value
 
     return zero
+
+
+def _real(entry: Field) -> Callable[[float | None, bytes], float | None]:
+    """Return what makes a double the one whose real is nearest to the number that was sent, as Postgres reads it."""
+    zero = _zero(entry)
+
+    def real(value: float | None, message: bytes) -> float | None:
+        if not value:
+            return zero(value, message)
+        if abs(value) <= LARGEST_ZERO_REAL:
+            raise Poison(_refusal("range", "a number too small for real", entry.column.name))
+        if _half_way(value):
+            sent = decimal.Decimal(_literal(message, entry.path))
+            if sent != decimal.Decimal(value):
+                value = math.nextafter(value, math.copysign(math.inf, sent - decimal.Decimal(value)))
+            if abs(value) >= LEAST_INFINITE_REAL:
+                raise Poison(_refusal("range", "a number too large for real", entry.column.name))
+        return value
+
+    return real
+
+
+def _half_way(value: float) -> bool:
+    """Whether a double lies in the middle between two reals: rounded twice, it might become the wrong one."""
+    nearest = _as_real(value)
+    return nearest != value and _as_real(2 * value - nearest) == 2 * value - nearest
+
+
+def _as_real(value: float) -> float:
+    return float(ctypes.c_float(value).value)
+
+
+def _time(entry: Field) -> Callable[[dt.time | None, bytes], dt.time | None]:
+    """Return a check for midnight, which a time may have become by rounding a fraction finer than microseconds."""
+
+    def time(value: dt.time | None, message: bytes) -> dt.time | None:
+        if value == dt.time.min and not _literal(message, entry.path).startswith("00:00:00"):
+            raise Poison(_refusal("range", "a time that is rounded to the next day", entry.column.name))
+        return value
+
+    return time
 
 
 def _literal(message: bytes, path: tuple[str, ...]) -> str:

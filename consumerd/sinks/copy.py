@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 
-JSONB_OID, BYTEA_OID = 3802, 17
-"""jsonb comes as bytes in its binary form already; bytea's dumper passes bytes on."""
+BYTEA_OID, TEXT_OID = 17, 25
+DUMPED_AS = {114: BYTEA_OID, 3802: BYTEA_OID, 1042: TEXT_OID}
+"""json and jsonb come as bytes in their binary form already, which bytea's dumper passes on; psycopg has no dumper for
+char, whose binary form is text's."""
 
 
 class _Context:
@@ -47,7 +49,7 @@ class Packer:
 
     def __init__(self, oids: Iterable[int]) -> None:
         self._transformer = Transformer(_Context())
-        self._transformer.set_dumper_types([BYTEA_OID if oid == JSONB_OID else oid for oid in oids], Format.BINARY)
+        self._transformer.set_dumper_types([DUMPED_AS.get(oid, oid) for oid in oids], Format.BINARY)
 
     def add(self, data: CopyData, rows: Iterable[Sequence[Any]]) -> CopyData:
         """Add rows to the data of a COPY, and return it; raises Rejected naming the first that has no binary form."""

@@ -47,7 +47,7 @@ def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
     kafka.make_topic(letter_topics[1], config={"cleanup.policy": "compact"})
     tables = ("healthy", "no_column", "no_index", "no_topic", "no_letters", "compacted")
     make_tables(database, *tables)
-    execute(database, "CREATE TABLE bad_type (id bigint, n bigint, extra bytea)")
+    execute(database, "CREATE TABLE bad_type (id bigint, n bigint, extra inet)")
     execute(database, "CREATE UNLOGGED TABLE unlogged (id bigint, n bigint)")
     handlers = {table: handler(name, table) for table in (*tables, "no_table", "bad_type", "unlogged")}
     handlers["no_column"]["columns"] = {"id": "id", "n": "n", "lacking": "n"}
@@ -58,7 +58,7 @@ def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
     essential = {
         "no_table": ["table no_table does not exist", "create it", "`table.name`"],
         "no_column": ["no_column", "no column 'lacking'", 'ALTER TABLE public.no_column ADD COLUMN "lacking"'],
-        "bad_type": ["column extra", "bytea", "not supported yet", "bigint", "[columns]"],
+        "bad_type": ["column extra", "inet", "not supported yet", "bigint", "[columns]"],
         "no_index": ["unique index", 'CREATE UNIQUE INDEX CONCURRENTLY ON public.no_index ("id");'],
         "unlogged": ["unlogged", "ALTER TABLE public.unlogged SET LOGGED;"],
         "no_topic": [f"topic {absent} does not exist", f"kafka-topics --create --topic {absent}", "`topics`"],
