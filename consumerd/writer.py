@@ -99,6 +99,7 @@ class Writer:
                 else:
                     await self._member.wait_for_commits(work)
             except TableChanged as changed:
+                _forget_refusals(work)
                 await self._member.table.follow(mapping, changed)
             except Fenced:
                 await self._member.reconciler.fenced(work)
@@ -150,6 +151,8 @@ class Writer:
             data = await _packed(work, mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while some of it was packed again
+        if any(batch.owes_letters for batch, _ in work):
+            await self._confirm(mapping)
         for batch, _ in work:
             await self._dead_letter(batch)
         started = time.monotonic()
@@ -173,6 +176,14 @@ class Writer:
             member.settled()
         member.written(work, time.monotonic() - started)
         member.recovered(self._name, "postgres", "dead_letter")
+
+    async def _confirm(self, mapping: Mapping) -> None:
+        """Raise TableChanged when the table is not as it was read: what was refused for it may fit it now."""
+        conn = await self._connection(mapping)
+        async with postgres.transaction(conn, (fingerprint_query(mapping.table.name), None), probe=True) as (found,):
+            pass
+        if found != [(mapping.table.fingerprint,)]:
+            raise TableChanged(f"table {mapping.table.name} is not as it was read from the catalog")
 
     async def _settle_doubt(self, transaction: TransactionId, work: Work) -> None:
         """Ask what became of a COMMIT that was not answered; raises Outage while the server does not know."""
@@ -242,6 +253,13 @@ class Writer:
                 await mapping.sink.prepare(self._conn)
             self._prepared = mapping
         return self._conn
+
+
+def _forget_refusals(work: Work) -> None:
+    """Forget what was refused for the table as it was, but for what letters say already."""
+    for batch, _ in work:
+        told = batch.lettered | batch.on_their_way
+        batch.refused = {at: why for at, why in batch.refused.items() if why.stage != "decode" or at in told}
 
 
 async def _packed(work: Work, mapping: Mapping) -> CopyData:

@@ -236,6 +236,30 @@ def test_a_unique_value_that_moves_from_key_to_key(
     assert rows == {number: str(number) for number in range(3, 100)} | {1: "b", 2: "c", 5: "99", 99: "d"}
 
 
+def test_a_column_that_was_widened(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:
+    """P4: what fits the table as it is now is a row, though it did not fit when the table was read."""
+    execute(database, "CREATE TABLE wide (id bigint NOT NULL, v integer NOT NULL)")
+    name = topic()
+    producer = Producer({"bootstrap.servers": kafka.bootstrap})
+
+    def send(*values: object) -> None:
+        for number, value in enumerate(values):
+            producer.produce(name, json.dumps({"id": number, "v": value}))
+        producer.flush(TIMEOUT)
+
+    send(1)
+    run = daemon(
+        {"wide": {"topics": [name], "table": {"name": "wide", "write": "append"}, "dead_letter": {"create": True}}}
+    )
+    wait_until(lambda: run.status()["handlers"]["wide"]["written"] == 1, TIMEOUT, "the first row")
+    execute(database, "ALTER TABLE wide ALTER v TYPE text, ALTER v DROP NOT NULL")
+    send("a", None, 2, "b")
+    wait_until(lambda: run.status()["handlers"]["wide"]["written"] == 4, TIMEOUT, "those that fit now")
+    assert execute(database, "SELECT v FROM wide ORDER BY ctid") == [("1",), ("a",), (None,), ("b",)]
+    assert run.status()["handlers"]["wide"]["dead_lettered"]["type"] == 1
+    assert run.stop() == 0
+
+
 def _short(whole: tuple[Any, ...]) -> str:
     """Return what an assertion shows of something that may have 10 MB."""
     return json.dumps([repr(part)[:80] for part in whole])
