@@ -9,12 +9,9 @@ TOML is validated with a context, `{"folder": Path}`, where relative paths start
 (`BatchConfig(max_age=0.5)`), durations and sizes may be plain seconds and bytes; TOML must write the unit.
 """
 
-import re
-from collections.abc import Callable
 from datetime import datetime
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -28,164 +25,31 @@ from pydantic import (
     model_validator,
 )
 
-from consumerd.credentials import Secret, parse_dsn, parse_password, parse_property, scalar_text
-
-__all__ = ["UNSET", "BatchConfig", "ColumnConfig", "Config", "DaemonConfig", "DeadLetterConfig", "HandlerConfig"]
-__all__ += ["KafkaConfig", "LogConfig", "PoisonConfig", "PostgresConfig", "Property", "RetryConfig", "Secret"]
-__all__ += ["TableConfig", "Unset"]
-
-Property = str | Secret
-"""A librdkafka property as text (numbers and true/false included), or the way to a secret."""
-
-MAX_SECONDS = 365 * 86_400.0
-"""The longest duration. Lock and queue timeouts overflow somewhere above; nobody waits a year."""
-MAX_IDENTIFIER_BYTES = 63
-"""Postgres cuts longer names off silently (NAMEDATALEN - 1)."""
-MAX_PORT = 65_535
-
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
-_BYTES: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
-_TOPIC_RULE = "must be a Kafka topic name: 1 to 249 of A-Z a-z 0-9 . _ -"
-
-
-class Unset(Enum):
-    """The type of `UNSET`, which differs from every value that TOML can hold."""
-
-    UNSET = "unset"
-
-
-UNSET: Final = Unset.UNSET
-
-
-def _must(holds: Callable[[Any], bool], sentence: str) -> AfterValidator:
-    """Make a rule of a condition and the sentence for when it does not hold."""
-
-    def check(value: object) -> object:
-        if not holds(value):
-            raise ValueError(sentence)
-        return value
-
-    return AfterValidator(check)
-
-
-def _between(low: int, high: int) -> AfterValidator:
-    return _must(lambda number: low <= number <= high, f"must be from {low} to {high}")
-
-
-def seconds(value: object, info: ValidationInfo) -> float:
-    """Read a duration (`500ms 5s 1m 2h 1d`) into seconds."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if info.context is not None:
-            raise ValueError('a number alone has no unit: write "5s" (units: ms s m h d)')
-        return float(value)
-    match = re.fullmatch(r"([0-9]{1,15})(ms|s|m|h|d)", value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError('must be a whole number and a unit (ms s m h d): write "5s"')
-    result = int(match[1]) * _SECONDS[match[2]]
-    if not 0 < result <= MAX_SECONDS:
-        raise ValueError("must be more than 0 and at most 365d")
-    return result
-
-
-def size(value: object, info: ValidationInfo) -> int:
-    """Read a size (`512KiB 8MiB 1GiB`) into bytes."""
-    if info.context is None and isinstance(value, int):
-        return value
-    match = re.fullmatch(r"([0-9]{1,9})(KiB|MiB|GiB)", value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError('must be a whole number with KiB, MiB or GiB: write "8MiB"')
-    if not int(match[1]):
-        raise ValueError("must be more than 0")
-    return int(match[1]) * _BYTES[match[2]]
-
-
-def _folder(info: ValidationInfo) -> Path | None:
-    """Give the folder where relative paths of TOML start: the config file's."""
-    return info.context["folder"] if info.context else None
-
-
-def _absolute(value: object, info: ValidationInfo) -> Path:
-    if not isinstance(value, str | Path):
-        raise ValueError("must be a string, in quotes")  # noqa: TRY004 (pydantic takes ValueError)
-    return (_folder(info) or Path()) / value
-
-
-def _property(value: tuple[str, object], info: ValidationInfo) -> Property:
-    return parse_property(*value, _folder(info))
-
-
-def _setting(value: tuple[str, object]) -> str:
-    if value[0] == "application_name":
-        raise ValueError("is set by the daemon: consumerd/<handler>")
-    if value[0] == "client_encoding":
-        raise ValueError("is always UTF8: JSON is, and so is what is written")
-    return scalar_text(value[1], "must be a string, a number, true or false; a name with dots is written in quotes")
-
-
-def _with_names(table: object) -> object:
-    """Hand each value its name, so that one rule sees both and its error stands at that entry."""
-    return {name: (name, value) for name, value in table.items()} if isinstance(table, dict) else table
-
-
-def _listen(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    good_host = host.startswith("[") == host.endswith("]") and (":" not in host or host.startswith("["))
-    if not (host.strip("[]") and good_host and re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= MAX_PORT):
-        raise ValueError(f'must be "HOST:PORT" with a port from 0 to {MAX_PORT}, such as "127.0.0.1:9464"')
-    return value
-
-
-def _topic_or_pattern(value: str) -> str:
-    if not value.startswith("^"):
-        if not is_topic(value):
-            raise ValueError(f"{_TOPIC_RULE}; a pattern starts with ^")
-        return value
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is not a regular expression: {error}") from error
-    return value
-
-
-def is_topic(value: str) -> bool:
-    """Tell a legal topic name (Kafka's `Topic.validate`)."""
-    return _TOPIC.fullmatch(value) is not None and value not in {".", ".."}
-
-
-def _start(value: object) -> str | datetime:
-    """Read where a handler begins without a checkpoint; TOML may write the time bare or in quotes."""
-    if isinstance(value, str) and value in {"earliest", "latest"}:
-        return value
-    try:
-        time = datetime.fromisoformat(value) if isinstance(value, str) else value
-    except ValueError:
-        time = None
-    if not isinstance(time, datetime):
-        raise ValueError('must be "earliest", "latest" or a time such as 2026-01-31T00:00:00Z')  # noqa: TRY004
-    if time.utcoffset() is None:
-        raise ValueError("a time needs its zone: write 2026-01-31T00:00:00Z or …+01:00")
-    return time
-
-
-def _is_identifier(name: str) -> bool:
-    return 0 < len(name.encode(errors="replace")) <= MAX_IDENTIFIER_BYTES and bool(name.strip()) and "\0" not in name
-
-
-def _is_table(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) in {1, 2} and all(map(_is_identifier, parts))
-
-
-_UNIQUE = _must(lambda names: len(set(names)) == len(names), "names the same twice")
-
-
-Duration = Annotated[float, BeforeValidator(seconds)]
-Size = Annotated[int, BeforeValidator(size)]
-Text = Annotated[str, _must(lambda text: text.strip() and text.isprintable(), "must be one line of text, not empty")]
-Topic = Annotated[str, _must(is_topic, _TOPIC_RULE)]
-Identifier = Annotated[str, _must(_is_identifier, f"must be a name of 1 to {MAX_IDENTIFIER_BYTES} bytes")]
-Count = Annotated[int, _must(lambda number: number > 0, "must be 1 or more")]
+from consumerd.credentials import Secret, parse_dsn, parse_password
+from consumerd.scalars import (
+    NO_REPEATS,
+    UNSET,
+    Count,
+    Duration,
+    Identifier,
+    Property,
+    Size,
+    Text,
+    Topic,
+    Unset,
+    absolute,
+    between,
+    folder,
+    is_table,
+    is_topic,
+    listen_address,
+    must,
+    parse_named_property,
+    parse_setting,
+    start_of,
+    topic_or_pattern,
+    with_names,
+)
 
 
 class _Section(BaseModel):
@@ -205,7 +69,9 @@ class KafkaConfig(_Section):
     admin: bool = True
     """Whether the brokers answer admin calls, by which topics are told from their namesakes (the demo's broker does
     not)."""
-    properties: Annotated[dict[str, Annotated[Property, PlainValidator(_property)]], BeforeValidator(_with_names)] = {}
+    properties: Annotated[
+        dict[str, Annotated[Property, PlainValidator(parse_named_property)]], BeforeValidator(with_names)
+    ] = {}
     """Any property of librdkafka, its name in quotes, for all clients; but those that the daemon owns, which are
     refused by name. A secret is `{ credential = NAME }`, `{ file = PATH }` or `{ env = NAME }`."""
 
@@ -213,24 +79,24 @@ class KafkaConfig(_Section):
 class PostgresConfig(_Section):
     """How to reach the database, and where the daemon keeps its own tables."""
 
-    dsn: Annotated[str | Secret, PlainValidator(lambda value, info: parse_dsn(value, _folder(info)))]
+    dsn: Annotated[str | Secret, PlainValidator(lambda value, info: parse_dsn(value, folder(info)))]
     """A connection string of libpq without a password, as a URL or as `key=value`; services and `.pgpass` work. Or
     the way to one: `{ credential = NAME }`, `{ file = PATH }`, `{ env = NAME }`."""
-    password: Annotated[Secret | None, PlainValidator(lambda value, info: parse_password(value, _folder(info)))] = None
+    password: Annotated[Secret | None, PlainValidator(lambda value, info: parse_password(value, folder(info)))] = None
     """The way to the password: `{ credential = NAME }`, `{ file = PATH }` or `{ env = NAME }`, read again at each
     connect."""
     schema_name: Identifier = Field(default="consumerd", validation_alias="schema")
     """The schema where the daemon keeps its checkpoints."""
-    settings: Annotated[dict[str, Annotated[str, PlainValidator(_setting)]], BeforeValidator(_with_names)] = {}
+    settings: Annotated[dict[str, Annotated[str, PlainValidator(parse_setting)]], BeforeValidator(with_names)] = {}
     """Settings of the sessions: `statement_timeout`, `lock_timeout`, `role`, and so on."""
 
 
 class DaemonConfig(_Section):
     """What belongs to the process. `drain_timeout` is in seconds, `max_buffered` in bytes."""
 
-    handlers: Annotated[Path, BeforeValidator(_absolute)] = Field(default=Path("handlers"), validate_default=True)
+    handlers: Annotated[Path, BeforeValidator(absolute)] = Field(default=Path("handlers"), validate_default=True)
     """The folder of the handlers' files; a relative path starts at this file's folder."""
-    listen: Annotated[str, AfterValidator(_listen)] = "127.0.0.1:9464"
+    listen: Annotated[str, AfterValidator(listen_address)] = "127.0.0.1:9464"
     """Where `/metrics`, `/healthz`, `/readyz` and `/status` are; port 0 takes a free one, which the log tells."""
     drain_timeout: Duration = 30.0
     """How long a stop may write what is gathered; after it the daemon leaves without, and nothing is lost."""
@@ -263,11 +129,11 @@ class LogConfig(_Section):
 class TableConfig(_Section):
     """Where rows go, and how."""
 
-    name: Annotated[str, _must(_is_table, 'must be "table" or "schema.table"')]
+    name: Annotated[str, must(is_table, 'must be "table" or "schema.table"')]
     """The table, `table` or `schema.table`, resolved as psql does."""
     write: Literal["append", "upsert"]
     """What a message does: `append` adds a row, `upsert` adds or replaces the row of its key."""
-    key: Annotated[tuple[Identifier, ...], Field(strict=False), _UNIQUE] = Field(default=(), validate_default=True)
+    key: Annotated[tuple[Identifier, ...], Field(strict=False), NO_REPEATS] = Field(default=(), validate_default=True)
     """The columns that tell rows apart, for upsert, which needs them; the table needs a unique index on them."""
 
     @field_validator("key")
@@ -284,7 +150,7 @@ class TableConfig(_Section):
 class ColumnConfig(_Section):
     """Where a column's value comes from: a dotted path into the message's value, and what stands in for nothing."""
 
-    source: Annotated[str, _must(lambda path: all(path.split(".")), 'must be a path such as "customer.name"')] = Field(
+    source: Annotated[str, must(lambda path: all(path.split(".")), 'must be a path such as "customer.name"')] = Field(
         validation_alias="from"
     )
     """The path into the message's value, names with dots between them. A string in place of the table is the path."""
@@ -312,7 +178,7 @@ class ColumnConfig(_Section):
 class BatchConfig(_Section):
     """Upper bounds of a batch. `max_age` is in seconds."""
 
-    max_messages: Annotated[int, _between(1, 1_000_000)] = 20_000
+    max_messages: Annotated[int, between(1, 1_000_000)] = 20_000
     """Messages of a batch, at most. Half of it is written once a connection is free."""
     max_bytes: Size = 8 << 20
     """Bytes of a batch's keys, values and headers, at most; a larger message goes alone."""
@@ -338,7 +204,7 @@ class RetryConfig(_Section):
 class PoisonConfig(_Section):
     """When a handler halts because too much of its stream is poison. `window` is in seconds."""
 
-    max_ratio: Annotated[float, _must(lambda ratio: 0 < ratio <= 1, "must be more than 0 and at most 1")] = 0.05
+    max_ratio: Annotated[float, must(lambda ratio: 0 < ratio <= 1, "must be more than 0 and at most 1")] = 0.05
     """The share of messages above which the handler halts."""
     window: Duration = 60.0
     """The time over which messages are counted."""
@@ -353,7 +219,7 @@ class DeadLetterConfig(_Section):
     """The dead-letter topic."""
     create: bool = False
     """Whether it is made at the start when it is missing, with what follows."""
-    retention_ms: Annotated[int, _must(lambda number: number >= -1, "must be -1 (for ever) or more")] = -1
+    retention_ms: Annotated[int, must(lambda number: number >= -1, "must be -1 (for ever) or more")] = -1
     """Milliseconds that its letters are kept; -1 for ever."""
     partitions: Count = 1
     """Its partitions."""
@@ -366,29 +232,29 @@ class HandlerConfig(_Section):
 
     from_file: ClassVar[frozenset[str]] = frozenset({"name", "path"})
 
-    name: Annotated[str, _must(is_topic, "is the file's name: rename the file to A-Z a-z 0-9 . _ - only")]
+    name: Annotated[str, must(is_topic, "is the file's name: rename the file to A-Z a-z 0-9 . _ - only")]
     path: Path
     topics: Annotated[
-        tuple[Annotated[str, AfterValidator(_topic_or_pattern)], ...],
+        tuple[Annotated[str, AfterValidator(topic_or_pattern)], ...],
         BeforeValidator(lambda topics: [topics] if isinstance(topics, str) else topics),
         Field(strict=False),
-        _must(len, 'must not be empty: write topics = ["orders"]'),
-        _UNIQUE,
+        must(len, 'must not be empty: write topics = ["orders"]'),
+        NO_REPEATS,
     ]
     """The topics, by name, or by a regular expression that begins with `^`; it never matches a dead-letter topic."""
     group_id: Text
     """The consumer group; `<handler>` is the name of the file."""
-    start: Annotated[Literal["earliest", "latest"] | datetime, PlainValidator(_start)] = "earliest"
+    start: Annotated[Literal["earliest", "latest"] | datetime, PlainValidator(start_of)] = "earliest"
     """Where a partition begins that has no checkpoint: `earliest`, `latest`, or a time with its zone."""
     format: Literal["json"] = "json"
     """What a message's value is."""
     checkpoint: Literal["postgres", "kafka"] = "postgres"
     """Where the checkpoint is: `postgres`, in the rows' transaction, exactly once; `kafka`, append at least once."""
-    max_connections: Annotated[int, _between(1, 64)] = 4
+    max_connections: Annotated[int, between(1, 64)] = 4
     """Connections of this handler that write side by side, each another partition's batch."""
     table: TableConfig
     columns: (
-        Annotated[dict[Identifier, ColumnConfig], _must(len, "is empty: leave it out for every column of the table")]
+        Annotated[dict[Identifier, ColumnConfig], must(len, "is empty: leave it out for every column of the table")]
         | None
     ) = None
     """Which columns are written, and where their values come from. Without it: each column from the field of its own

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from consumerd.catalog import SUPPORTED
 from consumerd.errors import Halt, Poison, Refusal
-from consumerd.formats import json
+from consumerd.formats import json, values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,16 +71,16 @@ class Encoder:
             try:
                 rows += self._decode((value,))
             except (ValueError, RecursionError, Poison) as error:
-                refused[position] = json.refusal(error)
+                refused[position] = values.refusal(error)
             else:
                 positions.append(position)
         return Rows(rows, positions)
 
 
-def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
+def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
     """Resolve the mapping against the live table; every mistake at once."""
     if handler.columns is None:
-        fields = tuple(json.Field(column=c, path=(c.name,)) for c in table.columns if not c.automatic)
+        fields = tuple(values.Field(column=c, path=(c.name,)) for c in table.columns if not c.automatic)
         problems = []
     else:
         known = {column.name: column for column in table.columns}
@@ -91,10 +91,10 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[json.Field, ...]:
             if name not in known
         ]
         fields = tuple(
-            json.Field(
+            values.Field(
                 column=known[name],
                 path=tuple(source.source.split(".")),
-                default=source.default if source.has_default else json.ABSENT,
+                default=source.default if source.has_default else values.ABSENT,
             )
             for name, source in handler.columns.items()
             if name in known

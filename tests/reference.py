@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from consumerd import config
+from consumerd import config, scalars
 from tests.servers.daemon import REPOSITORY
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _default(model: type[BaseModel], field: str, info: FieldInfo) -> str:
     default = info.default
     if default is PydanticUndefined:
         return REQUIRED
-    if default in (None, config.UNSET, (), {}):
+    if default in (None, scalars.UNSET, (), {}):
         return "none"
     if isinstance(default, int | float) and (unit := _unit(model, field)):
         return f"`{_with_unit(default, UNITS[unit])}`"

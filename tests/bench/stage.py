@@ -13,7 +13,8 @@ import psycopg
 from confluent_kafka import Producer
 
 from consumerd.catalog import Column
-from consumerd.formats.json import Field, decoder
+from consumerd.formats.json import decoder
+from consumerd.formats.values import Field
 from consumerd.sinks.copy import TRAILER, CopyData, Packer
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer

@@ -11,7 +11,7 @@ from psycopg._copy_base import format_row_binary
 from psycopg.adapt import Transformer
 from psycopg.pq import Format
 
-from consumerd.formats.json import refusal
+from consumerd.formats.values import refusal
 from consumerd.sinks.copy import SIGNATURE, CopyData, Packer
 
 INT4, INT8, TEXT, JSONB = 23, 20, 25, 3802

@@ -22,7 +22,8 @@ from psycopg import AsyncConnection
 from consumerd import catalog, postgres
 from consumerd.config import PostgresConfig
 from consumerd.errors import Poison, Refusal, Rejected
-from consumerd.formats.json import Field, decoder, refusal
+from consumerd.formats.json import decoder
+from consumerd.formats.values import Field, refusal
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
 

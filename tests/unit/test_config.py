@@ -8,7 +8,6 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from consumerd.config import (
-    UNSET,
     BatchConfig,
     ColumnConfig,
     Config,
@@ -21,6 +20,7 @@ from consumerd.config import (
     TableConfig,
 )
 from consumerd.credentials import Secret
+from consumerd.scalars import UNSET
 
 Model = TypeVar("Model", bound=BaseModel)
 

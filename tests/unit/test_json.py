@@ -14,7 +14,8 @@ from consumerd.catalog import SUPPORTED, VARHDRSZ, Column, Table
 from consumerd.config import HandlerConfig
 from consumerd.encode import TOMBSTONE, Encoder
 from consumerd.errors import ConfigError, Poison, Refusal
-from consumerd.formats.json import ABSENT, Field, decoder, refusal
+from consumerd.formats.json import decoder
+from consumerd.formats.values import ABSENT, Field, refusal
 from consumerd.types import TopicPartition
 
 JSONB = b"\x01"
