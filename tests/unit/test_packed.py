@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from consumerd.accumulator import Accumulator, Batch, Bounds
 from consumerd.encode import TOMBSTONE
 from consumerd.errors import Halt, Refusal, Rejected
+from consumerd.kafka import PACKED_AT_ONCE, Chunk, ConsumerThread
+from consumerd.member import Member
 from consumerd.packed import Packed
 from consumerd.sinks.copy import SIGNATURE
 from consumerd.types import TopicPartition
@@ -41,6 +44,12 @@ class Message(str):  # noqa: SLOT000 - it has an offset
     def offset(self) -> int:
         """Give the offset."""
         return self.at
+
+    def key(self) -> None:
+        """Have none."""
+
+    def headers(self) -> None:
+        """Have none."""
 
 
 def batch(*pieces: Packed, messages: str) -> Batch:
@@ -100,6 +109,47 @@ def test_no_binary_form() -> None:
     with pytest.raises(Rejected) as raised:
         put_together(mapping, it)
     assert raised.value.row == 3
+
+
+@pytest.mark.parametrize(("length", "packed"), [(PACKED_AT_ONCE, True), (PACKED_AT_ONCE + 1, False)])
+def test_large_messages_are_packed_when_written(length: int, packed: bool) -> None:
+    """What comes is packed at once, but for messages so large that they should not be in memory twice."""
+    messages: list[Any] = [Message("v" * length)] * 3
+    thread = ConsumerThread.__new__(ConsumerThread)
+    thread._listener = cast("Any", SimpleNamespace(pack=lambda them: Packed(messages=len(them), rows=len(them))))
+    chunk = thread._chunk(TopicPartition("o", 0), messages)
+    assert (chunk.size, chunk.packed.messages, chunk.packed.rows) == (3 * length, 3, 3 if packed else 0)
+
+
+def test_no_binary_form_when_it_comes() -> None:
+    """A row without a binary form is left to who writes it: the thread that reads goes on."""
+    member = Member.__new__(Member)
+    member.table = cast("Any", SimpleNamespace(mapping=Fake()))
+    assert member.pack(list("ab")).data == b"ab"
+    assert not (left := member.pack(list("axb"))).rows
+    assert (left.messages, left.mapping) == (3, None)
+
+
+def test_fetched_before_the_position() -> None:
+    """Of a chunk that begins before the position, the rest is kept, and the piece that was packed of all is not."""
+    gathered: list[tuple[list[Any], Packed]] = []
+    member = Member.__new__(Member)
+    member._positions = {TopicPartition("o", 0): 2}
+    member.progress = cast("Any", SimpleNamespace(consumed=lambda *_: None))
+    member._batches = cast(
+        "Any", SimpleNamespace(add=lambda _, messages, __, ___, piece: gathered.append((messages, piece)))
+    )
+    stubs: Any = member
+    stubs._is_another_log = lambda *_: False
+    stubs._under_pressure = lambda: False
+    stubs._set_timer = lambda: None
+    messages: list[Any] = [Message(letter) for letter in "abcd"]
+    for at, message in enumerate(messages):
+        message.at = at
+    member.received([Chunk(TopicPartition("o", 0), messages, 4, Fake().pack(messages))])
+    ((kept, piece),) = gathered
+    assert ("".join(kept), piece.messages, piece.mapping) == ("cd", 2, None)
+    assert member._positions == {TopicPartition("o", 0): 4}
 
 
 def test_rows_of_no_message() -> None:
