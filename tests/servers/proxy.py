@@ -7,6 +7,7 @@ end that the other has closed.
 """
 
 import asyncio
+import contextlib
 import socket
 import struct
 import threading
@@ -86,7 +87,8 @@ class Proxy:
 
     async def _reset(self) -> None:
         for end in self._open:
-            end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            with contextlib.suppress(OSError):  # closed by its peer in this very turn
+                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             end.transport.abort()
         await asyncio.sleep(0)  # the loop closes them in its next turn
 
