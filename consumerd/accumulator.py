@@ -9,7 +9,7 @@ again before `done()`: its batches are written in offset order, one at a time.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from confluent_kafka import KafkaError
 
-    from consumerd.errors import Refusal
+    from consumerd.errors import Refusal, SkipReason
     from consumerd.types import Message, TopicPartition
 
 FlushReason = Literal["messages", "bytes", "age", "pressure", "revoke", "drain", "tail"]
@@ -81,6 +81,8 @@ class Batch:
     """Bytes that are counted for it."""
     refused: dict[int, Refusal] = field(default_factory=dict)
     """Position in `messages` of each that does not become a row, and why."""
+    skipped: Counter[SkipReason] = field(default_factory=Counter)
+    """How many of `messages` become neither row nor letter, as they were last packed."""
     lettered: set[int] = field(default_factory=set)
     """Those of `refused` whose letter was acknowledged: a retry does not send it twice."""
     on_their_way: set[int] = field(default_factory=set)

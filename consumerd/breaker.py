@@ -40,7 +40,7 @@ class Breaker:
 
     def judge(self, batch: Batch, now: float) -> None:
         """Count a batch as it is now, once however often it is judged; raises Halt over the limit."""
-        messages, refused = len(batch.messages), len(batch.refused)
+        messages, refused = len(batch.messages) - batch.skipped.total(), len(batch.refused)
         if batch.judged is not None:
             if (batch.judged.messages, batch.judged.refused) == (messages, refused):
                 return

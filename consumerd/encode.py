@@ -6,7 +6,8 @@ nothing for the refusals.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from consumerd.catalog import SUPPORTED
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
+    from consumerd.errors import SkipReason
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
@@ -34,10 +36,11 @@ EMPTY = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows in offset order; `positions` are their messages' positions."""
+    """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused."""
 
     rows: list[Row]
     positions: Sequence[int]
+    skipped: Counter[SkipReason] = field(default_factory=Counter)
 
 
 class Encoder:

@@ -12,11 +12,18 @@ from typing import Literal
 
 HaltReason = Literal["table", "topic", "dead_letter", "breaker", "gap", "checkpoint", "kafka", "database", "bug"]
 
-PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "rejected"]
+PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected"]
 """Why a message cannot become a row: the fixed values of the label `reason` of dead-letter metrics.
 
 malformed: not JSON. missing: absent or null where a value is needed. type: of another type. range: outside the
-column's range or length. encoding: text that is not UTF-8. rejected: refused by the database itself.
+column's range or length. encoding: text that is not UTF-8. unknown_field: one that no column reads, where that is
+refused. rejected: refused by the database itself.
+"""
+
+SkipReason = Literal["where"]
+"""Why a message becomes neither row nor letter: the fixed values of the label `reason` of skip metrics.
+
+where: the handler's `where` does not select it.
 """
 
 

@@ -52,7 +52,14 @@ class Mapping:
         rows = self.encoder.encode(messages, refused)
         data = CopyData(packed=bytearray())
         self.sink.pack(rows.rows, data)
-        return Packed(mapping=self, messages=len(messages), rows=data.rows, data=bytes(data.packed), refused=refused)
+        return Packed(
+            mapping=self,
+            messages=len(messages),
+            rows=data.rows,
+            data=bytes(data.packed),
+            refused=refused,
+            skipped=rows.skipped,
+        )
 
 
 class LiveTable:

@@ -21,7 +21,7 @@ from prometheus_client import (
 
 from consumerd import __version__
 from consumerd.accumulator import FlushReason
-from consumerd.errors import HaltReason, PoisonReason, Source
+from consumerd.errors import HaltReason, PoisonReason, SkipReason, Source
 
 # A series of its own for each counter's birth would bury the counters.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -49,6 +49,9 @@ messages_consumed = _counter("messages_consumed", "Messages received from Kafka.
 rows_written = _counter("rows_written", "Rows committed to Postgres.", *PARTITION)
 messages_dead_lettered = _counter(
     "messages_dead_lettered", "Messages whose letter was acknowledged and whose offset has moved.", "handler", "reason"
+)
+messages_skipped = _counter(
+    "messages_skipped", "Messages that are neither row nor letter, and whose offset has moved.", "handler", "reason"
 )
 flushes = _counter("flushes", "Batches taken to be written, by what made them due.", "handler", "reason")
 retries = _counter("retries", "Attempts that failed by an outage and were tried again.", "handler", "cause")
@@ -87,6 +90,8 @@ def declare(handler: str) -> None:
     """Make every label value of a handler, at 0."""
     for reason in get_args(PoisonReason):
         messages_dead_lettered.labels(handler, reason)
+    for reason in get_args(SkipReason):
+        messages_skipped.labels(handler, reason)
     for reason in get_args(FlushReason):
         flushes.labels(handler, reason)
     for source in get_args(Source):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from consumerd.errors import Refusal
+    from consumerd.errors import Refusal, SkipReason
 
 PACKED_OVERHEAD = 200
 """Bytes of a piece of packed rows beside them (measured: 175)."""
@@ -25,6 +26,8 @@ class Packed:
     data: bytes = b""
     refused: dict[int, Refusal] = field(default_factory=dict)
     """Position among the messages of each that is no row, and why."""
+    skipped: Counter[SkipReason] = field(default_factory=Counter)
+    """How many messages are neither row nor refused."""
 
     @property
     def memory(self) -> int:
@@ -47,12 +50,14 @@ def joined(pieces: list[Packed]) -> list[Packed]:
 
 def _as_one(pieces: list[Packed]) -> Packed:
     refused: dict[int, Refusal] = {}
+    skipped: Counter[SkipReason] = Counter()
     start = 0
     for piece in pieces:
         refused |= {start + position: why for position, why in piece.refused.items()}
+        skipped += piece.skipped
         start += piece.messages
     rows, data = sum(piece.rows for piece in pieces), b"".join(piece.data for piece in pieces)
-    return Packed(mapping=pieces[0].mapping, messages=start, rows=rows, data=data, refused=refused)
+    return Packed(mapping=pieces[0].mapping, messages=start, rows=rows, data=data, refused=refused, skipped=skipped)
 
 
 def parted(pieces: list[Packed], count: int) -> tuple[list[Packed], list[Packed]]:

@@ -58,6 +58,7 @@ class Totals:
     consumed: int = 0
     written: int = 0
     dead_lettered: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 class Progress:
@@ -182,7 +183,7 @@ class Progress:
     def written(self, batch: Batch, seconds: float) -> None:
         """Count a committed batch."""
         now = time.time()
-        rows = len(batch.messages) - len(batch.refused)
+        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total()
         self.totals.written += rows
         self._recent.append((time.monotonic(), rows))
         self.last_commit = now
@@ -191,6 +192,9 @@ class Progress:
         for refusal in batch.refused.values():
             self.totals.dead_lettered[refusal.reason] += 1
             metrics.messages_dead_lettered.labels(self.handler, refusal.reason).inc()
+        for reason, count in batch.skipped.items():
+            self.totals.skipped[reason] += count
+            metrics.messages_skipped.labels(self.handler, reason).inc(count)
         metrics.batch_write_duration.labels(self.handler).observe(seconds)
         metrics.last_commit_timestamp.labels(self.handler).set(now)
         oldest = batch.messages[0].timestamp()[1] / 1000 if batch.messages else 0
@@ -274,6 +278,7 @@ class Progress:
             "consumed": self.totals.consumed,
             "written": self.totals.written,
             "dead_lettered": dict(self.totals.dead_lettered),
+            "skipped": dict(self.totals.skipped),
             "lag_messages": sum(messages for messages, _ in lags.values()),
             "lag_seconds": round(max((seconds for _, seconds in lags.values()), default=0.0), 3),
             "partitions": [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from consumerd import postgres
@@ -270,6 +271,7 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
     data = CopyData()
     for batch, _ in work:
         start, before = 0, data.rows
+        batch.skipped = Counter()
         for piece in batch.packed:
             known = _within(batch.refused, start, piece.messages)
             if piece.mapping is not mapping or not known.keys() <= piece.refused.keys():
@@ -277,10 +279,13 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
             data.packed += piece.data
             data.rows += piece.rows
             batch.refused |= {start + position: why for position, why in piece.refused.items()}
+            batch.skipped += piece.skipped
             start += piece.messages
-        if not start == data.rows - before + len(batch.refused) == len(batch.messages):
+        rows, skipped = data.rows - before, batch.skipped.total()
+        if not start == rows + len(batch.refused) + skipped == len(batch.messages):
             raise Halt(
-                "bug", f"{data.rows - before} rows and {len(batch.refused)} refusals of {len(batch.messages)} messages"
+                "bug",
+                f"{rows} rows, {len(batch.refused)} refusals and {skipped} skipped of {len(batch.messages)} messages",
             )
     return data
 
