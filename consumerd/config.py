@@ -11,7 +11,7 @@ TOML is validated with a context, `{"folder": Path}`, where relative paths start
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -25,7 +25,9 @@ from pydantic import (
     model_validator,
 )
 
+from consumerd import paths, where
 from consumerd.credentials import Secret, parse_dsn, parse_password
+from consumerd.paths import KeyFormat, Source, Unit
 from consumerd.scalars import (
     NO_REPEATS,
     UNSET,
@@ -50,6 +52,9 @@ from consumerd.scalars import (
     topic_or_pattern,
     with_names,
 )
+
+ALWAYS_THERE: Final = ("@topic", "@partition", "@offset", "@value")
+"""Sources that each message has."""
 
 
 class _Section(BaseModel):
@@ -148,14 +153,21 @@ class TableConfig(_Section):
 
 
 class ColumnConfig(_Section):
-    """Where a column's value comes from: a dotted path into the message's value, and what stands in for nothing."""
+    """Where a column's value comes from, and what stands in for nothing."""
 
-    source: Annotated[str, must(lambda path: all(path.split(".")), 'must be a path such as "customer.name"')] = Field(
-        validation_alias="from"
-    )
-    """The path into the message's value, names with dots between them. A string in place of the table is the path."""
+    source: Annotated[str, AfterValidator(lambda text: paths.parse(text) and text)] = Field(validation_alias="from")
+    """A path into the message's value, `customer.name`, `items[0].sku`, `["a.b"].c`; or `@topic`, `@partition`,
+    `@offset`, `@timestamp`, `@key`, `@key.PATH` (into a JSON key), `@value` (all of it), `@headers.NAME`. A string in
+    place of the table is its `from`."""
+    unit: Unit | None = None
+    """What a number counts since 1970 that goes into timestamptz, timestamp or date: `s`, `ms`, `us`, `ns`."""
     default: Any = UNSET
-    """What stands in for a value that is absent or null: a string, a number, true or false."""
+    """What stands in for a value that is absent: a string, a number, true or false. A null stays null."""
+
+    @property
+    def reads(self) -> Source:
+        """What `from` says."""
+        return paths.parse(self.source)
 
     @property
     def has_default(self) -> bool:
@@ -173,6 +185,23 @@ class ColumnConfig(_Section):
         if not isinstance(default, str | int | float | Unset):
             raise ValueError("must be a string, a number, true or false")  # noqa: TRY004 (pydantic takes ValueError)
         return default
+
+    @model_validator(mode="after")
+    def _source_goes_with_the_rest(self) -> Self:
+        place = self.reads.place
+        if place in ALWAYS_THERE and self.has_default:
+            raise ValueError(f"{place} is always there: take the default out")
+        if place in (*ALWAYS_THERE, "@timestamp") and self.unit is not None:
+            raise ValueError(f"{place} has no unit: take it out")
+        return self
+
+
+class DecodeConfig(_Section):
+    """How strictly a message's value is read."""
+
+    unknown_fields: Literal["ignore", "dead-letter"] = "ignore"
+    """What becomes of a message with a field that neither a column nor `where` names: `ignore` the field, or
+    `dead-letter` the message."""
 
 
 class BatchConfig(_Section):
@@ -248,6 +277,11 @@ class HandlerConfig(_Section):
     """Where a partition begins that has no checkpoint: `earliest`, `latest`, or a time with its zone."""
     format: Literal["json"] = "json"
     """What a message's value is."""
+    key_format: KeyFormat = "bytes"
+    """What a message's key is, for `@key`: `bytes`, `text` (UTF-8) or `json`."""
+    where: Annotated[str, AfterValidator(lambda text: where.parse(text) and text)] | None = None
+    """Which messages are taken, `kind == 'buy' and (amount > 5 or @headers.vip is not null)`; the others are skipped.
+    docs/values.md has the rules."""
     checkpoint: Literal["postgres", "kafka"] = "postgres"
     """Where the checkpoint is: `postgres`, in the rows' transaction, exactly once; `kafka`, append at least once."""
     max_connections: Annotated[int, between(1, 64)] = 4
@@ -259,6 +293,7 @@ class HandlerConfig(_Section):
     ) = None
     """Which columns are written, and where their values come from. Without it: each column from the field of its own
     name, generated and identity columns left to Postgres."""
+    decode: DecodeConfig = DecodeConfig()
     batch: BatchConfig = BatchConfig()
     retry: RetryConfig = RetryConfig()
     poison: PoisonConfig = PoisonConfig()
@@ -295,6 +330,32 @@ class HandlerConfig(_Section):
         if absent:
             raise ValueError(f"lacks {', '.join(absent)}, which table.key names")
         return columns
+
+    @field_validator("columns")
+    @classmethod
+    def _keys_have_paths_in_json(
+        cls, columns: dict[str, ColumnConfig] | None, info: ValidationInfo
+    ) -> dict[str, ColumnConfig] | None:
+        for name, column in (columns or {}).items():
+            if column.reads.place == "@key" and column.reads.path and info.data.get("key_format", "json") != "json":
+                raise ValueError(f'{name} reads {column.source}: write key_format = "json" at the top of the file')
+        return columns
+
+    @field_validator("where")
+    @classmethod
+    def _where_can_be(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None and "key_format" in info.data:
+            where.check(where.parse(text), info.data["key_format"])
+        return text
+
+    @field_validator("decode")
+    @classmethod
+    def _some_field_is_known(cls, decode: DecodeConfig, info: ValidationInfo) -> DecodeConfig:
+        columns = info.data.get("columns") or {}
+        reads_fields = any(column.reads.place == "field" for column in columns.values())
+        if decode.unknown_fields == "dead-letter" and columns and not reads_fields:
+            raise ValueError('unknown_fields = "dead-letter" needs a column that reads a field: none does')
+        return decode
 
 
 class Config(_Section):

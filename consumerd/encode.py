@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from consumerd import where
 from consumerd.catalog import SUPPORTED
 from consumerd.errors import Halt, Poison, Refusal
-from consumerd.formats import json, values
+from consumerd.formats import json, messages, selection, values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,34 +51,56 @@ class Encoder:
         fields = _fields(table, handler)
         self.columns: tuple[Column, ...] = tuple(field.column for field in fields)
         self.table = table
-        self._decode = json.decoder(fields)
+        test = where.parse(handler.where) if handler.where is not None else None
+        read = () if test is None else where.fields(test)
+        self._select = None if test is None else selection.selector(test, handler.key_format)
+        self._selects_by_fields = bool(read)
+        known = read if handler.decode.unknown_fields == "dead-letter" else None
+        self._decode: messages.Decode
+        if all(field.place == "field" for field in fields):
+            decode = json.decoder(fields, known)
+            self._decode = lambda some: decode([m.value() for m in some])  # type: ignore[misc]
+        else:
+            self._decode = messages.decoder(fields, handler.key_format, known)
 
-    def encode(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
-        """Decode what is not refused yet; what cannot be is added to `refused`, by its position."""
+    def encode(self, some: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
+        """Decode what is taken and not refused yet; what cannot be is added to `refused`, by its position."""
         if not refused:
             try:
-                return Rows(self._decode([m.value() for m in messages]), range(len(messages)))  # type: ignore[misc]
+                return self._together(some)
             except Exception:  # noqa: BLE001, S110 - one by one it is found which raised what
                 pass
-        return self._one_by_one(messages, refused)
+        return self._one_by_one(some, refused)
 
-    def _one_by_one(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
+    def _together(self, some: Sequence[Message]) -> Rows:
+        if self._select is None:
+            return Rows(self._decode(some), range(len(some)))
+        taken = self._select(some)
+        return Rows(self._decode([some[position] for position in taken]), taken, _skipped(len(some) - len(taken)))
+
+    def _one_by_one(self, some: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         rows: list[Row] = []
         positions: list[int] = []
-        for position, message in enumerate(messages):
+        skipped = 0
+        for position, message in enumerate(some):
             if position in refused:
                 continue
             value = message.value()
-            if not value:
-                refused[position] = TOMBSTONE if value is None else EMPTY
-                continue
             try:
-                rows += self._decode((value,))
+                if self._select is not None and (value or not self._selects_by_fields) and not self._select((message,)):
+                    skipped += 1
+                elif not value:
+                    refused[position] = TOMBSTONE if value is None else EMPTY
+                else:
+                    rows += self._decode((message,))
+                    positions.append(position)
             except (ValueError, RecursionError, Poison) as error:
                 refused[position] = values.refusal(error)
-            else:
-                positions.append(position)
-        return Rows(rows, positions)
+        return Rows(rows, positions, _skipped(skipped))
+
+
+def _skipped(count: int) -> Counter[SkipReason]:
+    return Counter({"where": count}) if count else Counter()
 
 
 def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
@@ -96,7 +119,9 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
         fields = tuple(
             values.Field(
                 column=known[name],
-                path=tuple(source.source.split(".")),
+                place=source.reads.place,
+                path=source.reads.path,
+                unit=source.unit,
                 default=source.default if source.has_default else values.ABSENT,
             )
             for name, source in handler.columns.items()
@@ -107,6 +132,11 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
         f"supported: {', '.join(SUPPORTED.values())}, enums, domains. List the others under [columns] to leave it out"
         for field in fields
         if field.column.oid not in SUPPORTED
+    ]
+    problems += [
+        f"column {field.column.name} of {table.name} {mistake} (`columns.{field.column.name}` in {handler.path})"
+        for field in fields
+        if field.column.oid in SUPPORTED and (mistake := messages.mistake(field, handler.key_format))
     ]
     # A unique index holds any number of NULLs, and DISTINCT ON keeps one: a key must have a value.
     fields = tuple(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from consumerd.catalog import Column
+    from consumerd.paths import Path, Place, Unit
 
 ABSENT: Final = object()
 """The default of a path that has none."""
@@ -53,16 +54,22 @@ MAX_NUMERIC_DIGITS: Final = 131072
 """Digits that Postgres's numeric holds before the point. Without the check a JSON number of twelve characters,
 `1e999999999`, would be expanded to a gigabyte of zeros."""
 
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `|$)", re.DOTALL)
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
+"""A name that a letter may repeat. Others might be values: addresses or numbers of people that are keys of a map."""
+
 _OTHER_DIGITS = re.compile(r"(?![0-9 \t\r\n])[\d\s]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """One column and where its value comes from; `path` are the names from the value's top down."""
+    """One column and where its value comes from (`paths.Source`), with the unit of its number where it counts time."""
 
     column: Column
-    path: tuple[str, ...]
+    path: Path
     default: Any = ABSENT
+    place: Place = "field"
+    unit: Unit | None = None
 
 
 def refusal(error: Exception) -> Refusal:
@@ -78,8 +85,11 @@ def refusal(error: Exception) -> Refusal:
         reason, text = "malformed", "JSON is nested too deeply"
     elif not isinstance(error, msgspec.ValidationError):
         reason = "malformed"
-    elif text.startswith("Object missing") or "got `null`" in what:
+    elif text.startswith(("Object missing", "Expected `array` of at least")) or "got `null`" in what:
         reason = "missing"
+    elif unknown := _UNKNOWN.match(text):
+        name = unknown[1] if _PLAIN_NAME.fullmatch(unknown[1]) else "…"
+        reason, text = "unknown_field", f"the field {name} is read by no column"
     elif "range" in what or "= " in what:
         reason = "range"
     names = [where.rstrip("`").lstrip(".")]
@@ -245,11 +255,14 @@ def _time(entry: Field) -> Callable[[dt.time | None, bytes], dt.time | None]:
     return time
 
 
-def _literal(message: bytes, path: tuple[str, ...]) -> str:
+def _literal(message: bytes, path: Path) -> str:
     """Return what stands at a path as it was sent: a number's digits, or a string; '' where there is neither."""
     found: object = json.loads(message.decode("utf-8", "replace"), parse_float=str, parse_int=str)
-    for name in path:
-        found = found.get(name) if isinstance(found, dict) else None
+    for step in path:
+        if isinstance(found, list) and isinstance(step, int):
+            found = found[step] if step < len(found) else None
+        else:
+            found = found.get(step) if isinstance(found, dict) else None
     return found if isinstance(found, str) else ""
 
 

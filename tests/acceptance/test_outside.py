@@ -33,8 +33,10 @@ COUNTERS: dict[str, list[dict[str, str]]] = {
     "halts_total": [{"reason": reason} for reason in HALTS],
     "isolations_total": [{}],
     "messages_dead_lettered_total": [
-        {"reason": reason} for reason in ("malformed", "missing", "type", "range", "encoding", "rejected")
+        {"reason": reason}
+        for reason in ("malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected")
     ],
+    "messages_skipped_total": [{"reason": "where"}],
     "retries_total": [{"cause": cause} for cause in ("postgres", "kafka", "dead_letter")],
     "batch_messages_count": [{}],
     "batch_bytes_count": [{}],

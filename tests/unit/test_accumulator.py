@@ -37,6 +37,14 @@ class Fake:
     def __len__(self) -> int:
         return self.size
 
+    def topic(self) -> str:
+        """Give some topic."""
+        return "orders"
+
+    def partition(self) -> int:
+        """Give some partition."""
+        return 0
+
     def key(self) -> bytes | None:
         """Give as many bytes as the key's size says, or none."""
         return bytes(self.key_size) or None

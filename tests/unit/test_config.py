@@ -323,6 +323,65 @@ def test_other_defaults_are_refused(default: object) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        ({"from": "a", "unit": "h"}, {"unit": "Input should be 's', 'ms', 'us' or 'ns'"}),
+        ({"from": "@ofset"}, {"from": "there is no @ofset"}),
+        ({"from": "a[300]"}, {"from": "an index is a number from 0 to 255"}),
+        ({"from": "@topic", "default": "x"}, {"": "@topic is always there: take the default out"}),
+        ({"from": "@value", "unit": "ms"}, {"": "@value has no unit: take it out"}),
+        ({"from": "@timestamp", "unit": "ms"}, {"": "@timestamp has no unit: take it out"}),
+    ],
+)
+def test_source_with_what_does_not_go_with_it(column: dict[str, object], told: dict[str, str]) -> None:
+    """A source that is none, and a unit or a default beside one that cannot have it, are mistakes of the file."""
+    found = mistakes(ColumnConfig, column)
+    assert {key: sentence[: len(told[key])] for key, sentence in found.items()} == told
+
+
+@pytest.mark.parametrize("source", ["a[0].b", '["a.b"]', "@key", "@key.a", "@headers.x", "@timestamp"])
+def test_source_with_a_default(source: str) -> None:
+    """What may be absent may have a default."""
+    assert from_toml(ColumnConfig, {"from": source, "default": 1}).has_default
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"columns": {"a": "@key.id"}},
+            {"columns": 'a reads @key.id: write key_format = "json" at the top of the file'},
+        ),
+        ({"where": "kind = "}, {"where": "cannot be read at character 8"}),
+        ({"where": "@key == 'x'"}, {"where": "@key is bytes"}),
+        ({"where": "@key.id == 5", "key_format": "text"}, {"where": '@key.id needs key_format = "json"'}),
+        ({"key_format": "string"}, {"key_format": "Input should be"}),
+        (
+            {"columns": {"a": "@key"}, "decode": {"unknown_fields": "dead-letter"}},
+            {"decode": 'unknown_fields = "dead-letter" needs a column that reads a field: none does'},
+        ),
+        ({"decode": {"unknown_fields": "refuse"}}, {"decode.unknown_fields": "Input should be"}),
+    ],
+)
+def test_mapping_that_cannot_be(more: dict[str, object], told: dict[str, str]) -> None:
+    """What cannot be read of a message is a mistake of the file."""
+    found = mistakes(HandlerConfig, {**HANDLER, **more})
+    assert {key: sentence[: len(told[key])] for key, sentence in found.items()} == told
+
+
+def test_mapping_that_can_be() -> None:
+    """The same with the key's format that it needs."""
+    more = {"key_format": "json", "where": "@key.id == 5 and kind == 'x'", "columns": {"a": "@key.id", "b": "c"}}
+    it = handler(**more, decode={"unknown_fields": "dead-letter"})
+    assert (it.key_format, it.where, it.decode.unknown_fields) == (
+        "json",
+        "@key.id == 5 and kind == 'x'",
+        "dead-letter",
+    )
+    assert (handler().key_format, handler().where, handler().decode.unknown_fields) == ("bytes", None, "ignore")
+
+
 def test_no_columns_at_all_are_refused() -> None:
     """An empty [columns] would write nothing."""
     found = mistakes(HandlerConfig, {**HANDLER, "columns": {}})

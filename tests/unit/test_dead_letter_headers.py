@@ -55,6 +55,14 @@ class Fake:
     def __len__(self) -> int:
         return len(self.body or b"")
 
+    def topic(self) -> str:
+        """Give some topic."""
+        return "orders"
+
+    def partition(self) -> int:
+        """Give some partition."""
+        return 0
+
     def key(self) -> bytes | None:
         """Give none."""
         return None
