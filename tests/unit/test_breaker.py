@@ -47,6 +47,14 @@ def test_over_the_limit() -> None:
         assert words in str(caught.value)
 
 
+def test_what_is_skipped_does_not_count() -> None:
+    """The share is of the messages that the handler takes."""
+    it = batch(1000, 11)
+    it.skipped["where"] = 900
+    with pytest.raises(Halt, match="11 of the last 100 messages"):
+        Breaker(CONFIG).judge(it, 0.0)
+
+
 def test_too_few_messages() -> None:
     """Below min_messages nothing is judged, were all of it poison."""
     Breaker(CONFIG).judge(batch(99, 99), 0.0)

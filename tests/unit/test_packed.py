@@ -1,6 +1,7 @@
 """What came packed serves the write it was packed for; anything else is packed again."""
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ from consumerd.encode import TOMBSTONE
 from consumerd.errors import Halt, Refusal, Rejected
 from consumerd.kafka import PACKED_AT_ONCE, Chunk, ConsumerThread
 from consumerd.member import Member
-from consumerd.packed import Packed
+from consumerd.packed import Packed, joined
 from consumerd.sinks.copy import SIGNATURE
 from consumerd.types import TopicPartition
 from consumerd.writer import _packed
@@ -100,6 +101,18 @@ def test_refused_since() -> None:
     mapping.packs.clear()
     assert put_together(mapping, it) == (4, b"acef")
     assert (mapping.packs, sorted(it.refused)) == (["cde"], [1, 3])
+
+
+def test_skipped() -> None:
+    """What pieces skip is counted once, however often the batch is put together, and is kept when they are joined."""
+    mapping = Fake()
+    pieces = [
+        Packed(mapping=mapping, messages=2, rows=1, data=b"b", skipped=Counter({"where": 1})),
+        Packed(mapping=mapping, messages=3, rows=1, data=b"d", skipped=Counter({"where": 2})),
+    ]
+    for it in (batch(*pieces, messages="abcde"), batch(*joined(pieces), messages="abcde")):
+        assert put_together(mapping, it) == put_together(mapping, it) == (2, b"bd")
+        assert it.skipped == {"where": 3}
 
 
 def test_no_binary_form() -> None:

@@ -129,6 +129,7 @@ def test_metrics_begin_at_zero(it: Progress) -> None:
     text = generate_latest(metrics.registry).decode()
     for name in (
         f'consumerd_messages_dead_lettered_total{{handler="{it.handler}",reason="rejected"}} 0.0',
+        f'consumerd_messages_skipped_total{{handler="{it.handler}",reason="where"}} 0.0',
         f'consumerd_flushes_total{{handler="{it.handler}",reason="drain"}} 0.0',
         f'consumerd_halts_total{{handler="{it.handler}",reason="breaker"}} 0.0',
         f'consumerd_isolations_total{{handler="{it.handler}"}} 0.0',
@@ -250,6 +251,17 @@ def test_books(it: Progress) -> None:
     assert sample(it, "messages_consumed_total", topic="orders", partition="0") == 10.0
     assert sample(it, "end_to_end_latency_seconds_sum") == pytest.approx(5.0)
     assert sample(it, "last_commit_timestamp_seconds") == NOW
+
+
+def test_skipped(it: Progress) -> None:
+    """What was skipped is no row; it is counted by reason."""
+    it.leased(A, 100)
+    batch = written(10, first=100, refused=("type",))
+    batch.skipped["where"] = 6
+    it.written(batch, 0.1)
+    assert (it.totals.written, it.status({})["skipped"]) == (3, {"where": 6})
+    assert sample(it, "rows_written_total", topic="orders", partition="0") == 3.0
+    assert sample(it, "messages_skipped_total", reason="where") == 6.0
 
 
 def test_written_after_release(it: Progress) -> None:
