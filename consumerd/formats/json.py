@@ -129,14 +129,11 @@ class Compiler:
             ) from error
 
     def _array(self, node: Node, source: str, guards: tuple[str, ...]) -> type[msgspec.Struct]:
-        """Make the Struct of an array up to the last element that is read. Those before one that must be there must."""
-        count = 1 + max(step for step in node.below if isinstance(step, int))
-        least = max((1 + step for step, child in node.below.items() if self._needed(child)), default=0)  # type: ignore[operator]
-        members = []
-        for position in range(count):
-            child = node.below.get(position)
-            typed = self._member(child, f"{source}.f{position}", guards) if child else UNREAD
-            members.append((f"f{position}", *typed[: 1 if position < least else 2]))
+        """Make the Struct of an array up to the last element that is read."""
+        members: list[tuple[Any, ...]] = []
+        for position in range(1 + max(step for step in node.below if isinstance(step, int))):
+            child, member = node.below.get(position), f"f{position}"
+            members.append((member, *(self._member(child, f"{source}.{member}", guards) if child else UNREAD)))
         return msgspec.defstruct("Value", members, array_like=True, gc=False, frozen=True, kw_only=True)
 
     def _member(self, node: Node, source: str, guards: tuple[str, ...]) -> tuple[Any, ...]:

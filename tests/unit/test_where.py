@@ -117,6 +117,7 @@ def refused(text: str, message: Fake | None = None, key_format: KeyFormat = "byt
         "not (kind == 'sell' and n == 5)",
         "NOT (Kind IS NOT NULL) AND kind IN ('buy')",
         "not not yes",
+        "not n < 5 and not n > 5 and not n <= 4 and not n >= 6 and not n != 5",
         "((((kind == 'buy'))))",
         " \n kind\t==\n'buy' ",
     ],
@@ -357,3 +358,4 @@ def test_message_without_a_value() -> None:
     assert encoded("@topic == 'orders'", None, b'{"n": 1}') == ([(1,)], [1], {0: "missing"}, {})
     assert encoded("@topic == 'x'", None, b"", b"{") == ([], [], {}, {"where": 3})
     assert encoded("@value is not null", None, b'{"n": 1}') == ([(1,)], [1], {}, {"where": 1})
+    assert encoded("@value is not null", None, b'{"n": "x"}') == ([], [], {1: "type"}, {"where": 1})
