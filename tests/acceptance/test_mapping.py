@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 
-from tests.acceptance.halts import TIMEOUT, checkpoint, expect_halt, handler
+from tests.acceptance.halts import checkpoint, expect_halt, handler
 from tests.acceptance.stream import letters, source_of
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon
@@ -16,6 +16,7 @@ from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 from tests.servers.sql import execute
 
+TIMEOUT = 90  # seconds for anything that a test waits for
 FIRST = 1_700_000_000_000
 """The first message's timestamp; each has a millisecond more."""
 COLUMNS: dict[str, Any] = {
