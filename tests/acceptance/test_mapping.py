@@ -19,6 +19,8 @@ from tests.servers.sql import execute
 TIMEOUT = 90  # seconds for anything that a test waits for
 FIRST = 1_700_000_000_000
 """The first message's timestamp; each has a millisecond more."""
+KEPT = {"retention.ms": "-1"}
+"""The broker deletes what is older than a week by its timestamp, half a minute after its start for the first time."""
 COLUMNS: dict[str, Any] = {
     "topic": "@topic",
     "part": "@partition",
@@ -121,7 +123,7 @@ def test_every_source(kafka: KafkaServer, database: str, topic: MakeTopic, daemo
     """P1, P2: each source lands in its column, each refused message is its letter, what `where` leaves is counted."""
     execute(database, TABLE)
     execute(database, UNIQUE)
-    name, letter_topic = topic(partitions=2), f"letters-{secrets.token_hex(4)}"
+    name, letter_topic = topic(partitions=2, config=KEPT), f"letters-{secrets.token_hex(4)}"
     values = send(kafka, name)
     more: dict[str, Any] = {"table": {"name": "t", "write": write}, "poison": {"max_ratio": 1.0}}
     if write == "upsert":
@@ -189,7 +191,7 @@ def test_what_is_skipped_is_checkpointed(
 def test_keys_that_are_text_or_bytes(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:
     """One topic's keys are text for one handler, and bytes for another, which takes any value as text."""
     execute(database, "CREATE TABLE texts (id bigint, at bigint); CREATE TABLE raws (id bytea, body text, n bytea)")
-    name = topic()
+    name = topic(config=KEPT)
     producer = Producer({"bootstrap.servers": kafka.bootstrap})
     producer.produce(name, b"no json", b"42", headers=[("n", b"\x00")], timestamp=FIRST)
     producer.produce(name, b"{}", b"\xff", timestamp=FIRST)
