@@ -50,9 +50,11 @@ def mistake(entry: Field, key_format: KeyFormat) -> str | None:
     takes, mend = TAKES.get(entry.place), ""
     if entry.place == "@key" and key_format == "bytes":
         takes, mend = frozenset({BYTEA}), '; write key_format = "text" or "json" at the top of the file to have it read'
-    if entry.place == "@key" and key_format == "text":
-        takes = frozenset(SUPPORTED) - {BYTEA, *FORMS}
-        mend = '; key_format = "bytes" goes into bytea, "json" into json'
+    if entry.place == "@key" and key_format == "text" and column.oid in {BYTEA, *FORMS}:
+        fitting = "bytes" if column.oid == BYTEA else "json"
+        return (
+            f'is {column.type_name}, which takes a key as it is: write key_format = "{fitting}" at the top of the file'
+        )
     if takes is not None and column.oid not in takes:
         fitting = ", ".join(name for oid, name in SUPPORTED.items() if oid in takes)
         return f"is {column.type_name}, and {source} goes into {fitting} alone{mend}"

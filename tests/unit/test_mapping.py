@@ -518,7 +518,10 @@ def encoder(**config: object) -> Encoder:
     [
         ({"columns": {"id": "@topic"}}, "column id of t is bigint, and @topic goes into text, char, varchar alone"),
         ({"columns": {"id": "@key"}}, 'and @key goes into bytea alone; write key_format = "text" or "json"'),
-        ({"columns": {"id": "id", "doc": "@key"}, "key_format": "text"}, "is jsonb, and @key goes into boolean"),
+        (
+            {"columns": {"id": "id", "doc": "@key"}, "key_format": "text"},
+            "is jsonb, which takes a key as it is: write key_format",
+        ),
         ({"columns": {"id": "id", "doc": "@offset"}}, "is jsonb, and @offset goes into bigint alone"),
         ({"columns": {"id": "@value"}}, "is bigint, and @value goes into bytea, text"),
         ({"columns": {"id": "id", "doc": "@timestamp"}}, "is jsonb, and @timestamp goes into bigint, date"),
