@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from consumerd.catalog import SUPPORTED
 from consumerd.errors import Halt, Poison, Refusal
-from consumerd.formats import json, values
+from consumerd.formats import json, keys, values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,10 @@ EMPTY = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused."""
+    """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused.
+
+    Where tombstones delete, each row ends with whether it deletes; one that does has nothing else but its key.
+    """
 
     rows: list[Row]
     positions: Sequence[int]
@@ -51,6 +54,11 @@ class Encoder:
         self.columns: tuple[Column, ...] = tuple(field.column for field in fields)
         self.table = table
         self._decode = json.decoder(fields)
+        self._ignores_tombstones = handler.table.tombstones == "ignore"
+        self._deletion = None
+        if handler.table.tombstones == "delete":
+            decode, self._deletion = self._decode, keys.deletions(handler, self.columns)
+            self._decode = lambda values: [(*row, False) for row in decode(values)]
 
     def encode(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         """Decode what is not refused yet; what cannot be is added to `refused`, by its position."""
@@ -64,20 +72,29 @@ class Encoder:
     def _one_by_one(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         rows: list[Row] = []
         positions: list[int] = []
+        skipped: Counter[SkipReason] = Counter()
         for position, message in enumerate(messages):
             if position in refused:
                 continue
             value = message.value()
-            if not value:
-                refused[position] = TOMBSTONE if value is None else EMPTY
+            if value is None and self._ignores_tombstones:
+                skipped["tombstone"] += 1
                 continue
             try:
-                rows += self._decode((value,))
+                rows += self._decode((value,)) if value else self._without_value(message)
             except (ValueError, RecursionError, Poison) as error:
                 refused[position] = values.refusal(error)
             else:
                 positions.append(position)
-        return Rows(rows, positions)
+        return Rows(rows, positions, skipped)
+
+    def _without_value(self, message: Message) -> list[Row]:
+        """Return what a message without a value does; raises Poison when it is none that the table can take."""
+        if message.value() is not None:
+            raise Poison(EMPTY)
+        if self._deletion is None:
+            raise Poison(TOMBSTONE)
+        return [self._deletion(message.key())]
 
 
 def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
@@ -114,30 +131,56 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
         for field in fields
     )
     names = {field.column.name for field in fields}
-    problems += [
-        f"key column {name!r} of table {table.name} is not among the columns"
-        for name in handler.table.key
-        if name not in names
-    ]
-    if handler.table.write == "upsert" and not problems and frozenset(handler.table.key) not in table.unique:
-        key = ", ".join(f'"{name}"' for name in handler.table.key)
-        problems.append(
-            f"table {table.name} has no unique index on ({key}), which upsert needs; type: "
-            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier} ({key});"
-        )
+    problems += _named_problems(table, handler, names)
+    problems += [] if problems else _unique_problems(table, handler, names)
     problems += [
         f"column {column.name} of table {table.name} is NOT NULL, has no default, and is not mapped: map it under "
         f"[columns], or type: ALTER TABLE {table.identifier} ALTER {column.name} DROP NOT NULL;"
         for column in table.columns
         if column.not_null and not column.automatic and not column.has_default and column.name not in names
     ]
-    if handler.checkpoint == "kafka" and any(unique <= names for unique in table.unique):
-        problems.append(
-            f"table {table.name} has a unique index, which would refuse what is written again after a crash "
-            f'(checkpoint = "kafka" is at least once): write checkpoint = "postgres", or drop the index'
-        )
     if not problems and not fields:
         problems.append(f"table {table.name} has no column to write")
     if problems:
         raise Halt("table", "; ".join(problems))
     return fields
+
+
+def _named_problems(table: Table, handler: HandlerConfig, names: set[str]) -> list[str]:
+    """Say which columns that [table] names are not written, or are of no use for what they are named for."""
+    config = handler.table
+    named = [("key", name) for name in config.key] + [("update", name) for name in config.update or ()]
+    named += [("version", config.version)] if config.version else []
+    problems = [
+        f"{key} column {name!r} of table {table.name} is not among the columns"
+        for key, name in named
+        if name not in names
+    ]
+    version = table.column(config.version) if config.version else None
+    if version is not None and version.oid == values.JSON:
+        problems.append(
+            f"version column {version.name!r} of table {table.name} is {version.type_name}, of which none is lower "
+            f"than another: name a column of numbers or times in `table.version`"
+        )
+    return problems
+
+
+def _unique_problems(table: Table, handler: HandlerConfig, names: set[str]) -> list[str]:
+    """Say which unique index is missing, or is one too many."""
+    write, key = handler.table.write, ", ".join(f'"{name}"' for name in handler.table.key)
+    index = f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier}"
+    if write == "upsert" and frozenset(handler.table.key) not in table.unique:
+        return [f"table {table.name} has no unique index on ({key}), which upsert needs; type: {index} ({key});"]
+    if write == "skip-existing" and not table.has_unique:
+        sentence = "has no unique index, by which skip-existing tells what exists"
+        return [f'table {table.name} {sentence}; type: {index} (...); or write = "append"']
+    own = frozenset(handler.table.key)
+    if (
+        handler.checkpoint == "kafka"
+        and write != "skip-existing"
+        and any(unique <= names and unique != own for unique in table.unique)
+    ):
+        sentence = "has a unique index, which would refuse what is written again after a crash"
+        ways = 'write checkpoint = "postgres", or write = "skip-existing", or drop the index'
+        return [f'table {table.name} {sentence} (checkpoint = "kafka" is at least once): {ways}']
+    return []

@@ -38,10 +38,7 @@ ANY: Final = "*"
 UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
     Config: [(("daemon", "control"), ANY), (("log", "format"), "journal")],
     HandlerConfig: [
-        *(((key,), ANY) for key in ("key_format", "transform", "decode")),
-        *((("table", key), ANY) for key in ("update", "version", "tombstones", "tombstone_key")),
-        (("table", "write"), "skip-existing"),
-        (("poison", "action"), ANY),
+        *(((key,), ANY) for key in ("transform", "decode")),
         (("poison", "error_text"), ANY),
         (("columns", ANY), "@*"),
         (("columns", ANY, "from"), "@*"),
