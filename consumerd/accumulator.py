@@ -53,6 +53,7 @@ class Bounds:
 class Judged:
     """What the breaker has counted of one batch, and when; zeros once it counts no more."""
 
+    partition: TopicPartition
     at: float
     messages: int
     refused: int

@@ -90,6 +90,8 @@ class Table:
     unique: tuple[frozenset[str], ...]
     """Columns of each unique index that can serve ON CONFLICT."""
     fingerprint: str
+    has_unique: bool = False
+    """It has an index that ON CONFLICT DO NOTHING goes by, a partial one or one of expressions perhaps."""
     has_rules: bool = False
     """It has rewrite rules, which COPY passes by."""
     may_drop_rows: bool = False
@@ -129,10 +131,10 @@ WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
 
 _UNIQUE = """\
 SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
-             WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+             WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
+       i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL
 FROM pg_catalog.pg_index i
-WHERE i.indrelid = %s::oid AND i.indisunique AND i.indimmediate AND i.indisvalid
-  AND i.indpred IS NULL AND i.indexprs IS NULL"""
+WHERE i.indrelid = %s::oid AND (i.indisunique OR i.indisexclusion) AND i.indimmediate AND i.indisvalid"""
 
 
 def fingerprint_query(name: str) -> sql.Composed:
@@ -176,13 +178,14 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a, has_default=d)
         for n, o, m, t, nn, a, d, _ in rows
     )
-    unique = tuple(frozenset(names) for (names,) in await (await conn.execute(_UNIQUE, [oid])).fetchall())
+    indexes = await (await conn.execute(_UNIQUE, [oid])).fetchall()
     triggers = await (await conn.execute(_BEFORE_TRIGGERS, {"oid": oid})).fetchall()
     return Table(
         name=name,
         identifier=identifier,
         columns=columns,
-        unique=unique,
+        unique=tuple(frozenset(names) for names, plain in indexes if plain),
+        has_unique=bool(indexes),
         has_rules=has_rules,
         may_drop_rows=bool(triggers),
         fingerprint=rows[0][-1] if rows else "",

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-HaltReason = Literal["table", "topic", "dead_letter", "breaker", "gap", "checkpoint", "kafka", "database", "bug"]
+HaltReason = Literal[
+    "table", "topic", "dead_letter", "poison", "breaker", "gap", "checkpoint", "kafka", "database", "bug"
+]
 
 PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected"]
 """Why a message cannot become a row: the fixed values of the label `reason` of dead-letter metrics.
@@ -20,10 +22,11 @@ column's range or length. encoding: text that is not UTF-8. unknown_field: one t
 refused. rejected: refused by the database itself.
 """
 
-SkipReason = Literal["where"]
+SkipReason = Literal["where", "tombstone", "exists", PoisonReason]
 """Why a message becomes neither row nor letter: the fixed values of the label `reason` of skip metrics.
 
-where: the handler's `where` does not select it.
+where: the handler's `where` does not select it. tombstone: it has no value. exists: a row like it is in the table
+already (skip-existing). Any other is poison's, where `[poison] action` is `skip`.
 """
 
 

@@ -39,9 +39,6 @@ UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
     Config: [(("daemon", "control"), ANY), (("log", "format"), "journal")],
     HandlerConfig: [
         (("transform",), ANY),
-        *((("table", key), ANY) for key in ("update", "version", "tombstones", "tombstone_key")),
-        (("table", "write"), "skip-existing"),
-        (("poison", "action"), ANY),
         (("poison", "error_text"), ANY),
     ],
 }

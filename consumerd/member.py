@@ -153,7 +153,8 @@ class Member:
         found = self._found = await self._topics.find(
             self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers]
         )
-        self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
+        if self.handler.poison.action == "dead-letter":
+            self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
             schema, group = self.config.postgres.schema_name, self.handler.group_id
@@ -248,8 +249,11 @@ class Member:
         """Whether a batch is still to be written: its partition is leased as it was, and it is not written yet."""
         return self.assignment.leases.get(batch.partition) is lease and lease.next_offset <= batch.first_offset
 
-    def written(self, work: Work, seconds: float) -> None:
-        """Take note of a committed write: leases move, memory is freed, Kafka is told in a while."""
+    def written(self, work: Work, seconds: float, existing: int = 0) -> None:
+        """Take note of a committed write: leases move, memory is freed, Kafka is told in a while.
+
+        Of the write's rows `existing` were there already; whose, nobody knows: they are counted for its first batches.
+        """
         commits = []
         for batch, lease in work:
             lease.next_offset = batch.next_offset
@@ -258,8 +262,9 @@ class Member:
             if self.assignment.leases.get(batch.partition) is lease:  # else it is gone, or came back since
                 if not batch.messages and self._positions.get(batch.partition) == batch.first_offset:
                     self._positions[batch.partition] = batch.next_offset
-                commits.append(self.assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
-            self.progress.written(batch, seconds)
+                tally = self.breaker.tally(batch.partition)
+                commits.append(self.assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch, tally))
+            existing -= self.progress.written(batch, seconds, existing)
             if batch.leader_epoch is not None:
                 lease.leader_epoch = batch.leader_epoch
         self.assignment.commit(commits)
@@ -417,6 +422,7 @@ class Member:
             self._batches.close(partitions)
             await self._settle(partitions, deadline)
         self.release(partitions)
+        self.breaker.forget(partitions)
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), revoked=partitions)
 
@@ -424,6 +430,7 @@ class Member:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
         self.assignment.lose(partitions)
         self.release(partitions)
+        self.breaker.forget(partitions)
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
         if self.progress.state != "halted":
@@ -511,6 +518,9 @@ class Member:
             await conn.close()
         if leases:
             self.release(leases)
+            now = time.monotonic()
+            for partition, lease in leases.items():
+                self.breaker.recall(partition, lease.tally, now)
             await self.assignment.deliver(leases)
         self.recovered(MEMBER)
         self.progress.joined()

@@ -175,3 +175,10 @@ Text = Annotated[str, must(lambda text: text.strip() and text.isprintable(), "mu
 Topic = Annotated[str, must(is_topic, _TOPIC_RULE)]
 Identifier = Annotated[str, must(is_identifier, f"must be a name of 1 to {MAX_IDENTIFIER_BYTES} bytes")]
 Count = Annotated[int, must(lambda number: number > 0, "must be 1 or more")]
+KeySource = Annotated[
+    str,
+    must(
+        lambda source: source == "@key" or (source.startswith("@key.") and all(source.split("."))),
+        'must be "@key", the message\'s key, or a path into it, such as "@key.id"',
+    ),
+]

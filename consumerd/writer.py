@@ -152,20 +152,22 @@ class Writer:
             data = await _packed(work, mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while some of it was packed again
-        if any(batch.owes_letters for batch, _ in work):
-            await self._confirm(mapping)
+        if any(batch.owes_letters for batch, _ in work) and member.handler.poison.action != "skip":
+            await self._confirm(mapping)  # what is passed over is confirmed by the write's own transaction
         for batch, _ in work:
-            await self._dead_letter(batch)
+            if not await self._settle_poison(batch):
+                return  # it is a smaller batch now
         started = time.monotonic()
         conn = await self._connection(mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while the letters were under way
         self.writing = True
+        existing = 0
         try:
             async with postgres.transaction(conn, *self._opening(work, mapping)) as answers:
                 _check(answers, work, mapping)
                 if data.rows:
-                    await mapping.sink.write(conn, data)
+                    existing = await mapping.sink.write(conn, data)
                 if member.checkpoints.mode == "kafka":
                     self._doubt = await postgres.transaction_id(conn), work
             self._doubt = None
@@ -175,7 +177,7 @@ class Writer:
         finally:
             self.writing = False
             member.settled()
-        member.written(work, time.monotonic() - started)
+        member.written(work, time.monotonic() - started, existing)
         member.recovered(self._name, "postgres", "dead_letter")
 
     async def _confirm(self, mapping: Mapping) -> None:
@@ -196,7 +198,13 @@ class Writer:
     def _opening(self, work: Work, mapping: Mapping) -> list[Statement]:
         """Return what moves the checkpoints, first of all, and what tells whether the table is as it was."""
         moves = [
-            Move(partition=batch.partition, lease=lease, new=batch.next_offset, leader_epoch=batch.leader_epoch)
+            Move(
+                partition=batch.partition,
+                lease=lease,
+                new=batch.next_offset,
+                leader_epoch=batch.leader_epoch,
+                tally=self._member.breaker.tally(batch.partition),
+            )
             for batch, lease in work
         ]
         table = mapping.table
@@ -222,7 +230,7 @@ class Writer:
         member.isolated(batch, refused)
         if not refused and settled == len(rows.rows):
             self._cut_or_halt(batch)
-        if member.handler.table.write == "append":
+        if member.handler.table.write != "upsert":
             _refuse_repeats(batch, lease)
 
     def _cut_or_halt(self, batch: Batch) -> None:
@@ -239,10 +247,21 @@ class Writer:
             raise Halt("database", "Postgres refuses a message's row, and then it does not, again and again")
         raise Outage("postgres", "Postgres refused a row, and then it did not")
 
-    async def _dead_letter(self, batch: Batch) -> None:
-        """Judge a batch, good ones too, and send the letters it has."""
-        self._member.breaker.judge(batch, time.monotonic())
-        await self._member.letters.send(batch)
+    async def _settle_poison(self, batch: Batch) -> bool:
+        """Judge a batch, good ones too, and do with its poison what the handler says: send the letters it has, say.
+
+        False when what lies before its first poison was made a batch of its own, which is written first.
+        """
+        member, action = self._member, self._member.handler.poison.action
+        if action == "halt" and batch.refused:
+            if first := min(batch.refused):
+                member.split(batch, first)
+                return False
+            raise _poisoned(batch, member)
+        member.breaker.judge(batch, time.monotonic())
+        if action == "dead-letter":
+            await member.letters.send(batch)
+        return True
 
     async def _connection(self, mapping: Mapping) -> AsyncConnection[Any]:
         """Return the open connection, made ready for the sink."""
@@ -312,6 +331,21 @@ def _check(answers: Sequence[Sequence[tuple[Any, ...]]], work: Work, mapping: Ma
         raise Fenced
     if fingerprint != [(mapping.table.fingerprint,)]:
         raise TableChanged(f"table {mapping.table.name} is not as it was read from the catalog")
+
+
+def _poisoned(batch: Batch, member: Member) -> Halt:
+    """Say which message a handler that passes none over cannot write: the first of a batch."""
+    partition, refusal, offset = batch.partition, batch.refused[0], batch.messages[0].offset()
+    column = f" in {refusal.column}" if refusal.column else ""
+    bootstrap, group = member.config.kafka.bootstrap_servers, member.handler.group_id
+    return Halt(
+        "poison",
+        f"topic {partition.topic} partition {partition.partition} offset {offset} cannot become a row: "
+        f"{refusal.message}{column} ({refusal.reason}), and [poison] action is halt; mend the table or the mapping; or "
+        f"write another action under [poison]; or pass over this one message: kafka-consumer-groups "
+        f"--bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} --to-offset {offset + 1} "
+        f"--execute; then restart",
+    )
 
 
 def _be_patient(batch: Batch) -> None:

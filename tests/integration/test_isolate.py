@@ -51,12 +51,12 @@ class Counted:
         """Pack."""
         return self._sink.pack(rows, data)
 
-    async def write(self, conn: Connection, data: CopyData) -> None:
+    async def write(self, conn: Connection, data: CopyData) -> int:
         """Write, and count."""
         self.writes += 1
         if self.before is not None:
             await self.before()
-        await self._sink.write(conn, data)
+        return await self._sink.write(conn, data)
 
 
 class Bench:
