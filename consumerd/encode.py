@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from consumerd.catalog import SUPPORTED
 from consumerd.errors import Halt, Poison, Refusal
 from consumerd.formats import json, values
+from consumerd.transform import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
     from consumerd.errors import SkipReason
+    from consumerd.transform import Outcome
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
@@ -36,7 +38,10 @@ EMPTY = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused."""
+    """Rows in offset order; `positions` are their messages', of which a transform may make several rows each.
+
+    So many as `skipped` says are neither row nor refused.
+    """
 
     rows: list[Row]
     positions: Sequence[int]
@@ -51,6 +56,19 @@ class Encoder:
         self.columns: tuple[Column, ...] = tuple(field.column for field in fields)
         self.table = table
         self._decode = json.decoder(fields)
+
+    def encode_outcomes(
+        self, messages: Sequence[Message], refused: dict[int, Refusal], outcomes: Sequence[Outcome]
+    ) -> Rows:
+        """Decode what a transform made of messages, as `encode` does; all rows of a message, or none."""
+        made, owners = expanded(messages, outcomes, refused)
+        found: dict[int, Refusal] = {}
+        rows = self.encode(made, found)
+        for index, why in found.items():
+            refused.setdefault(owners[index], why)
+        kept = [at for at, index in enumerate(rows.positions) if owners[index] not in refused]
+        skipped: Counter[SkipReason] = Counter({"transform": outcomes.count(())})
+        return Rows([rows.rows[at] for at in kept], [owners[rows.positions[at]] for at in kept], rows.skipped + skipped)
 
     def encode(self, messages: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         """Decode what is not refused yet; what cannot be is added to `refused`, by its position."""

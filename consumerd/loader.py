@@ -38,7 +38,7 @@ ANY: Final = "*"
 UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
     Config: [(("daemon", "control"), ANY), (("log", "format"), "journal")],
     HandlerConfig: [
-        *(((key,), ANY) for key in ("key_format", "transform", "decode")),
+        *(((key,), ANY) for key in ("key_format", "decode")),
         *((("table", key), ANY) for key in ("update", "version", "tombstones", "tombstone_key")),
         (("table", "write"), "skip-existing"),
         (("poison", "action"), ANY),
@@ -57,6 +57,7 @@ REQUIRED: Final[Mapping[KeyPath, str]] = {
     ("table", "name"): 'name = "sales.orders"',
     ("table", "write"): 'write = "append"',
     ("columns", ANY, "from"): 'from = "customer.name"',
+    ("transform", "function"): 'function = "orders:transform"',
 }
 """Keys without a default: what to write."""
 

@@ -183,7 +183,7 @@ class Progress:
     def written(self, batch: Batch, seconds: float) -> None:
         """Count a committed batch."""
         now = time.time()
-        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total()
+        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total() + batch.extra
         self.totals.written += rows
         self._recent.append((time.monotonic(), rows))
         self.last_commit = now

@@ -199,7 +199,6 @@ UNSUPPORTED_LINES = [
     ("consumerd.toml", 'daemon.control = "/run/x"', "daemon.control: is"),
     ("consumerd.toml", 'log.format = "journal"', 'log.format: "journal" is'),
     ("orders", 'key_format = "json"', "key_format: is"),
-    ("orders", 'transform.function = "a:b"', "transform: is"),
     ("orders", 'decode.unknown_fields = "ignore"', "decode: is"),
     ("orders", 'table.update = ["a"]', "table.update: is"),
     ("orders", 'table.version = "a"', "table.version: is"),
