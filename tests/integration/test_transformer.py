@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -180,10 +181,10 @@ def test_a_record_that_does_not_come_back_is_refused(folder: Path, what: str, er
     assert function in refused.message
 
 
-def test_a_record_may_be_lost_once(folder: Path) -> None:
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_record_may_be_lost_once(folder: Path, at: int) -> None:
     """A call that ended its process is made again; a record that comes through then is no poison."""
-    flag = {"what": "once", "flag": str(folder / "flag")}
-    it = batch(10, at4=flag)
+    it = batch(10, **{f"at{at}": {"what": "once", "flag": str(folder / "flag")}})
     using(folder, lambda transformer: transformer.complete(it), workers=2)
     assert list(range(10)) == numbers(it)
 
@@ -268,13 +269,29 @@ def test_a_cancelled_call_is_nobodys_answer(folder: Path) -> None:
 
     async def give_up(runner: InProcess) -> list[int | str]:
         await runner.start()
-        transformer = Transformer.__new__(Transformer)
-        request = transformer._request(batch(1, at0={"what": "spin"}), batch(1, at0={"what": "spin"}).messages)
+        endless = batch(1, at0={"what": "spin"})
+        request = Transformer._request(endless, endless.messages)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(runner.answer(request), 0.3)
         it = batch(2)
-        it.outcomes = (await runner.answer(transformer._request(it, it.messages))).outcomes
+        it.outcomes = (await runner.answer(Transformer._request(it, it.messages))).outcomes
         await runner.close()
         return numbers(it)
 
     assert [0, 1] == asyncio.run(give_up(InProcess("work:transform", folder, 60.0)))
+
+
+def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
+    """Ctrl-C and systemd's SIGTERM reach the daemon's processes too: they go on, for the daemon needs them to drain."""
+
+    async def signalled(runner: InProcess) -> list[int | str]:
+        await runner.start()
+        assert runner._process is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            runner._process.send_signal(number)
+        it = batch(2)
+        it.outcomes = (await runner.answer(Transformer._request(it, it.messages))).outcomes
+        await runner.close()
+        return numbers(it)
+
+    assert [0, 1] == asyncio.run(signalled(InProcess("work:transform", folder, 60.0)))

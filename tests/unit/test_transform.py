@@ -231,7 +231,7 @@ MISTAKES = {
     "sound:waits": ("waits of module sound is `async`",),
     "sound:yields": ("yields of module sound yields: return a list",),
     "sound:two": ("two of module sound must take one argument: def two(record)",),
-    "json:loads": ("json.py is hidden by another module json", "rename the file"),
+    "wave:open": ("wave.py is hidden by another module wave", "rename the file"),
 }
 FILES = {
     "broken.py": "def f():\n    raise ValueError('no')\nf()",
@@ -243,7 +243,7 @@ FILES = {
         "NUMBER = 1\ndef transform(record): return record\ndef two(a, b): ...\nasync def waits(record): ...\n"
         "def yields(record): yield\n"
     ),
-    "json.py": "def loads(record): ...",
+    "wave.py": "def open(record): ...",
     "package/__init__.py": "",
     "package/inner.py": "from sound import transform",
 }
