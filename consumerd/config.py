@@ -43,6 +43,7 @@ from consumerd.scalars import (
     absolute,
     between,
     folder,
+    is_function,
     is_table,
     is_topic,
     listen_address,
@@ -279,6 +280,21 @@ class BatchConfig(_Section):
     """Time from a message's arrival to its row's commit while the database keeps up: it is written after half of it."""
 
 
+class TransformConfig(_Section):
+    """A Python function between a message and its row: docs/transforms.md. `timeout` is in seconds."""
+
+    function: Annotated[
+        str, must(is_function, 'must be "module:function": "orders:transform" for transform in orders.py')
+    ]
+    """The function: `"orders:transform"` is `transform` in `orders.py`, beside this file. It gets a record and returns
+    a record, a list of records, or None; one whose name ends in `_batch` gets a list of records and returns a list."""
+    workers: Annotated[int, between(0, 64)] = 0
+    """Processes that call it; 0 calls it in a thread of the daemon, which is enough where it computes little."""
+    timeout: Duration = 10.0
+    """How long one call may last. A worker process is ended then, and a record that outlasts it twice is dead-lettered;
+    a thread cannot be ended: the handler halts."""
+
+
 class RetryConfig(_Section):
     """The waits between two tries of what an outage prevents, for as long as it lasts. In seconds."""
 
@@ -361,6 +377,7 @@ class HandlerConfig(_Section):
     """Which columns are written, and where their values come from. Without it: each column from the field of its own
     name, generated and identity columns left to Postgres."""
     decode: DecodeConfig = DecodeConfig()
+    transform: TransformConfig | None = None
     batch: BatchConfig = BatchConfig()
     retry: RetryConfig = RetryConfig()
     poison: PoisonConfig = PoisonConfig()
@@ -432,6 +449,15 @@ class HandlerConfig(_Section):
         if text is not None and "key_format" in info.data:
             where.check(where.parse(text), info.data["key_format"])
         return text
+
+    @field_validator("transform")
+    @classmethod
+    def _transform_decides_alone(
+        cls, transform: TransformConfig | None, info: ValidationInfo
+    ) -> TransformConfig | None:
+        if transform is not None and info.data.get("where") is not None:
+            raise ValueError("goes without `where`: take that out, and return None for messages that are not wanted")
+        return transform
 
     @field_validator("decode")
     @classmethod

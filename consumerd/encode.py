@@ -14,6 +14,7 @@ from consumerd import where
 from consumerd.catalog import SUPPORTED
 from consumerd.errors import Halt, Poison, Refusal
 from consumerd.formats import json, keys, messages, selection, values
+from consumerd.transform import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
     from consumerd.errors import SkipReason
+    from consumerd.transform import Outcome
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
@@ -37,9 +39,10 @@ EMPTY = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused.
+    """Rows in offset order; `positions` are their messages', of which a transform may make several rows each.
 
-    Where tombstones delete, each row ends with whether it deletes; one that does has nothing else but its key.
+    So many as `skipped` says are neither row nor refused. Where tombstones delete, each row ends with whether it
+    deletes; one that does has nothing else but its key.
     """
 
     rows: list[Row]
@@ -70,6 +73,19 @@ class Encoder:
         if handler.table.tombstones == "delete":
             decode, self._deletion = self._decode, keys.deletions(handler, self.columns)
             self._decode = lambda some: [(*row, False) for row in decode(some)]
+
+    def encode_outcomes(
+        self, some: Sequence[Message], refused: dict[int, Refusal], outcomes: Sequence[Outcome]
+    ) -> Rows:
+        """Decode what a transform made of messages, as `encode` does; all rows of a message, or none."""
+        made, owners = expanded(some, outcomes, refused)
+        found: dict[int, Refusal] = {}
+        rows = self.encode(made, found)
+        for index, why in found.items():
+            refused.setdefault(owners[index], why)
+        kept = [at for at, index in enumerate(rows.positions) if owners[index] not in refused]
+        skipped: Counter[SkipReason] = Counter({"transform": outcomes.count(())})
+        return Rows([rows.rows[at] for at in kept], [owners[rows.positions[at]] for at in kept], rows.skipped + skipped)
 
     def encode(self, some: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         """Decode what is taken and not refused yet; what cannot be is added to `refused`, by its position."""

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig, TableConfig
+    from consumerd.encode import Rows
     from consumerd.errors import Refusal
     from consumerd.sinks.base import Sink
+    from consumerd.transform import Outcome
     from consumerd.types import Message
 
 log = logging.getLogger(__name__)
@@ -48,16 +50,28 @@ class Mapping:
 
     encoder: Encoder
     sink: Sink
+    transforms: bool = False
+    """Whether messages are transformed before they are rows."""
 
     @property
     def table(self) -> Table:
         """The table that both were made for."""
         return self.encoder.table
 
-    def pack(self, messages: Sequence[Message], refused: dict[int, Refusal] | None = None) -> Packed:
-        """Return the rows of messages that are not refused yet; raises Rejected, naming a row, as the sink does."""
+    def pack(
+        self,
+        messages: Sequence[Message],
+        refused: dict[int, Refusal] | None = None,
+        outcomes: Sequence[Outcome] = (),
+    ) -> Packed:
+        """Return the rows of messages that are not refused yet; raises Rejected, naming a row, as the sink does.
+
+        For a handler with a transform: of what it made of them, or nothing before it was called.
+        """
+        if self.transforms and not outcomes:
+            return Packed(messages=len(messages))
         refused = dict(refused or {})
-        rows = self.encoder.encode(messages, refused)
+        rows = self.rows(messages, refused, outcomes)
         data = CopyData(packed=bytearray())
         self.sink.pack(rows.rows, data)
         return Packed(
@@ -67,7 +81,14 @@ class Mapping:
             data=bytes(data.packed),
             refused=refused,
             skipped=rows.skipped,
+            extra=data.rows - len(set(rows.positions)) if outcomes else 0,
         )
+
+    def rows(self, messages: Sequence[Message], refused: dict[int, Refusal], outcomes: Sequence[Outcome]) -> Rows:
+        """Return the rows themselves; what is refused is added to `refused`, by position."""
+        if self.transforms:
+            return self.encoder.encode_outcomes(messages, refused, outcomes)
+        return self.encoder.encode(messages, refused)
 
 
 class LiveTable:
@@ -90,7 +111,8 @@ class LiveTable:
             encoder = Encoder(table, self._handler)
         except ConfigError as error:
             raise Halt("table", str(error)) from error
-        self.mapping = Mapping(encoder, _sink(config, table, encoder.columns))
+        sink = _sink(config, table, encoder.columns)
+        self.mapping = Mapping(encoder, sink, self._handler.transform is not None)
 
     async def follow(self, used: Mapping, changed: TableChanged) -> None:
         """Read the table again, unless that was done since; raises Halt when what was written to is gone."""

@@ -34,6 +34,7 @@ from consumerd.packed import Packed
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
 from consumerd.topics import Topics
+from consumerd.transformer import Transformer
 from consumerd.watch import Watch
 from consumerd.writer import Writer
 
@@ -84,6 +85,7 @@ class Member:
         self.breaker = Breaker(handler.poison)
         self.letters = DeadLetters(config.kafka, handler)
         self.table = LiveTable(handler, self.connect)
+        self.transformer: Transformer | None = None
         self.reconciler = Reconciler(self)
         self.checkpoints: Checkpoints | KafkaCheckpoints
         self._tails: dict[TopicPartition, float] = {}
@@ -129,6 +131,9 @@ class Member:
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
             await self._halt(_first_halt(error))
+        finally:
+            if self.transformer is not None:
+                await self.transformer.close()
 
     async def drain(self, deadline: float) -> bool:
         """Write what is gathered, commit, and leave the group; False if that was not done by the deadline."""
@@ -149,6 +154,9 @@ class Member:
 
     async def _start(self) -> None:
         """Look at everything that must be there before the first message; raises Halt with what to type."""
+        if self.handler.transform is not None and self.transformer is None:
+            self.transformer = Transformer(self.handler, self.budget.batch.max_bytes)
+            await self.transformer.start()
         self._topics = Topics(self.config.kafka)
         found = self._found = await self._topics.find(
             self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers]

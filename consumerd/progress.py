@@ -184,7 +184,7 @@ class Progress:
     def written(self, batch: Batch, seconds: float, existing: int = 0) -> int:
         """Count a committed batch; return how many of its rows are taken for those that existed already."""
         now = time.time()
-        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total()
+        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total() + batch.extra
         existing = min(existing, rows)
         rows -= existing
         self.totals.written += rows

@@ -166,6 +166,12 @@ def is_table(name: str) -> bool:
     return len(parts) in {1, 2} and all(map(is_identifier, parts))
 
 
+def is_function(name: str) -> bool:
+    """Tell "module:function"; a file's name is no module's."""
+    module, _, function = name.partition(":")
+    return not module.endswith(".py") and all(part.isidentifier() for part in [*module.split("."), function])
+
+
 NO_REPEATS = must(lambda names: len(set(names)) == len(names), "names the same twice")
 
 

@@ -1,8 +1,8 @@
 """The path of a batch: one loop for each connection, read from top to bottom.
 
-`Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: pack, judge,
-dead-letter, then one transaction with checkpoint and rows. Whatever goes wrong leaves it as one of our errors, whose
-class says what happens next (`consumerd.errors`).
+`Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: transform,
+pack, judge, dead-letter, then one transaction with checkpoint and rows. Whatever goes wrong leaves it as one of our
+errors, whose class says what happens next (`consumerd.errors`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from consumerd.member import Member
     from consumerd.packed import Packed
     from consumerd.postgres import Statement, TransactionId
-    from consumerd.types import Message
 
 Work = list[tuple["Batch", Lease]]
 """Batches of one write, each with the lease that its partition had when it was taken."""
@@ -111,6 +110,8 @@ class Writer:
 
     async def _meet(self, outage: Outage, work: Work) -> None:
         """Let go of the connection, and do what can be done now: fewer rows next, or what owes no letters."""
+        if outage.source == "transform":
+            return
         await self.abort()
         if isinstance(outage, Cancelled):
             self._member.cancelled(work, time.monotonic() - self._began)
@@ -147,6 +148,9 @@ class Writer:
     async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
+        work = await self._transformed(work)
+        if not work:
+            return
         await member.confirm_topics(max(batch.arrived for batch, _ in work))
         async with member.packing:
             data = await _packed(work, mapping)
@@ -179,6 +183,32 @@ class Writer:
             member.settled()
         member.written(work, time.monotonic() - started, existing)
         member.recovered(self._name, "postgres", "dead_letter")
+
+    async def _transformed(self, work: Work) -> Work:
+        """Return the batches that are transformed now and fit into memory together; the others go again.
+
+        Raises Outage when it cannot be done now for any.
+        """
+        transformer = self._member.transformer
+        if transformer is None:
+            return work
+        done: Work = []
+        size = 0
+        outage: Outage | None = None
+        for batch, lease in work:
+            try:
+                size += await transformer.complete(batch)
+            except Outage as error:
+                outage = error
+                continue
+            if len(batch.outcomes) < len(batch.messages):
+                self._member.split(batch, len(batch.outcomes))
+            done.append((batch, lease))
+            if size > self._member.budget.batch.max_bytes:
+                break
+        if not done and outage is not None:
+            raise outage
+        return [(batch, lease) for batch, lease in done if self._member.holds(batch, lease)]
 
     async def _confirm(self, mapping: Mapping) -> None:
         """Raise TableChanged when the table is not as it was read: what was refused for it may fit it now."""
@@ -214,21 +244,29 @@ class Writer:
     async def _isolate(self, batch: Batch, lease: Lease, mapping: Mapping, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
         member = self._member
-        rows = mapping.encoder.encode(batch.messages, batch.refused)
+        rows = mapping.rows(batch.messages, batch.refused, batch.outcomes)
+        starts = [at for at, position in enumerate(rows.positions) if at == 0 or rows.positions[at - 1] != position]
         conn = await self._connection(mapping)
         work = [(batch, lease)]
         async with postgres.transaction(conn, *self._opening(work, mapping), probe=True) as answers:
             _check(answers, work, mapping)
             refused, settled = await isolate(
-                conn, mapping.sink, rows.rows, named, at_least=member.breaker.lacks(batch), now=time.monotonic
+                conn,
+                mapping.sink,
+                rows.rows,
+                named,
+                starts=starts,
+                at_least=member.breaker.lacks(batch),
+                now=time.monotonic,
             )
         if any(refusal.sqlstate == ORPHAN for refusal in refused.values()):
             _be_patient(batch)
-        if settled < len(rows.rows):
-            member.split(batch, rows.positions[settled])
-        batch.refused |= {rows.positions[row]: refusal for row, refusal in refused.items()}
+        positions = [rows.positions[start] for start in starts]
+        if settled < len(positions):
+            member.split(batch, positions[settled])
+        batch.refused |= {positions[message]: refusal for message, refusal in refused.items()}
         member.isolated(batch, refused)
-        if not refused and settled == len(rows.rows):
+        if not refused and settled == len(positions):
             self._cut_or_halt(batch)
         if member.handler.table.write != "upsert":
             _refuse_repeats(batch, lease)
@@ -290,29 +328,29 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
     data = CopyData()
     for batch, _ in work:
         start, before = 0, data.rows
-        batch.skipped = Counter()
+        batch.skipped, batch.extra = Counter(), 0
         for piece in batch.packed:
             known = _within(batch.refused, start, piece.messages)
             if piece.mapping is not mapping or not known.keys() <= piece.refused.keys():
-                piece = await _packed_again(batch.messages[start : start + piece.messages], known, mapping, data.rows)  # noqa: PLW2901
+                span = slice(start, start + piece.messages)
+                piece = await _packed_again(batch, span, known, mapping, data.rows)  # noqa: PLW2901
             data.packed += piece.data
             data.rows += piece.rows
             batch.refused |= {start + position: why for position, why in piece.refused.items()}
             batch.skipped += piece.skipped
+            batch.extra += piece.extra
             start += piece.messages
-        rows, skipped = data.rows - before, batch.skipped.total()
-        if not start == rows + len(batch.refused) + skipped == len(batch.messages):
-            raise Halt(
-                "bug",
-                f"{rows} rows, {len(batch.refused)} refusals and {skipped} skipped of {len(batch.messages)} messages",
-            )
+        became, skipped = data.rows - before - batch.extra, batch.skipped.total()
+        if not start == became + len(batch.refused) + skipped == len(batch.messages):
+            others = f"{len(batch.refused)} were refused and {skipped} skipped"
+            raise Halt("bug", f"{became} messages became rows, {others}, of {len(batch.messages)}")
     return data
 
 
-async def _packed_again(messages: list[Message], refused: dict[int, Refusal], mapping: Mapping, rows: int) -> Packed:
+async def _packed_again(batch: Batch, span: slice, refused: dict[int, Refusal], mapping: Mapping, rows: int) -> Packed:
     await asyncio.sleep(0)  # who waits for an answer of Postgres has a turn between two pieces
     try:
-        return mapping.pack(messages, refused)
+        return mapping.pack(batch.messages[span], refused, batch.outcomes[span])
     except Rejected as rejected:
         raise Rejected(rejected.refusal, None if rejected.row is None else rows + rejected.row) from rejected
 

@@ -27,7 +27,7 @@ class Fake:
 
     packs: list[str] = field(default_factory=list)
 
-    def pack(self, messages: Any, refused: dict[int, Refusal] | None = None) -> Packed:  # noqa: ANN401
+    def pack(self, messages: Any, refused: dict[int, Refusal] | None = None, _: object = ()) -> Packed:  # noqa: ANN401
         """Pack, and note what."""
         self.packs.append("".join(messages))
         known = {**(refused or {}), **{at: TOMBSTONE for at, message in enumerate(messages) if message == "!"}}
