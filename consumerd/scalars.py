@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
+from consumerd import paths
 from consumerd.credentials import Secret, parse_property, scalar_text
 
 Property = str | Secret
@@ -184,7 +185,7 @@ Count = Annotated[int, must(lambda number: number > 0, "must be 1 or more")]
 KeySource = Annotated[
     str,
     must(
-        lambda source: source == "@key" or (source.startswith("@key.") and all(source.split("."))),
+        lambda source: paths.parse(source).place == "@key",
         'must be "@key", the message\'s key, or a path into it, such as "@key.id"',
     ),
 ]

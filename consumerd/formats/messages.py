@@ -108,8 +108,8 @@ def _expression(entry: Field, index: int, compiler: json.Compiler, key_format: K
         case "@value" if column.oid in FORMS:
             return "(version + v)" if column.oid == JSONB else "v"
         case "@key":
-            convert = _document(entry, entry.path) if key_format == "json" else _text(entry)
-            argument = "m.key()"
+            compiler.names[read] = key_reader(entry, key_format, default)
+            return f"{read}(m.key())"
         case "@headers":
             compiler.names[f"name{index}"] = entry.path[0]
             convert, argument = _text(entry), f"h.get(name{index})"
@@ -117,6 +117,11 @@ def _expression(entry: Field, index: int, compiler: json.Compiler, key_format: K
             convert, argument = _text(entry), "m.topic().encode()" if entry.place == "@topic" else "v"
     compiler.names[read] = _reader(entry, default, convert)
     return f"{read}({argument})"
+
+
+def key_reader(entry: Field, key_format: KeyFormat, default: object = None) -> Reader:
+    """Return what makes a message's key, or what is at a path in it, a column's value."""
+    return _reader(entry, default, _document(entry, entry.path) if key_format == "json" else _text(entry))
 
 
 def _reader(entry: Field, default: object, convert: Callable[[bytes], Any]) -> Reader:

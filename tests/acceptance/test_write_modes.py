@@ -222,7 +222,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "json_version": ({"write": "upsert", "key": ["id"], "version": "doc"}, ["version column 'doc'", "json", "times"]),
     "bytes_key": (
         {"write": "upsert", "key": ["id"], "tombstones": "delete", "tombstone_key": {"id": "@key"}},
-        ["tombstone_key", "column id is bigint", 'write key_format = "json"'],
+        ["tombstone_key", "column id of bytes_key is bigint", "write key_format ="],
     ),
 }
 
