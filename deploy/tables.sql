@@ -21,3 +21,13 @@ CREATE TABLE sales.orders (
     paid      boolean,
     lines     jsonb
 );
+
+CREATE TABLE sales.order_lines (
+    order_id  bigint,
+    line      integer,
+    sku       text NOT NULL,
+    quantity  integer NOT NULL,
+    total     numeric(12, 2) NOT NULL,
+    placed_at timestamptz NOT NULL,
+    PRIMARY KEY (order_id, line)
+);
