@@ -1,6 +1,8 @@
-FROM python:3.13-slim
+FROM python:3.13.12-slim-bookworm
 
-RUN useradd --system --no-create-home --shell /usr/sbin/nologin consumerd
+# By number, so that Kubernetes can tell that it is not root (runAsNonRoot).
+RUN groupadd --gid 10001 consumerd && \
+    useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin consumerd
 WORKDIR /opt/consumerd
 
 # First what changes rarely: every package is pinned, and checked by its hash.
@@ -11,21 +13,11 @@ COPY pyproject.toml README.md ./
 COPY consumerd ./consumerd
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 
-# A config that takes its addresses from the environment; mount your own over /etc/consumerd.
-COPY <<'TOML' /etc/consumerd/consumerd.toml
-[kafka]
-bootstrap_servers = "${KAFKA_BOOTSTRAP_SERVERS}"
-
-[postgres]
-dsn = { env = "DATABASE_URL" }
-
-[daemon]
-handlers = "handlers"
-listen = "0.0.0.0:9464"
-TOML
+# Mount your own over either.
+COPY deploy/consumerd.toml /etc/consumerd/consumerd.toml
 COPY handlers /etc/consumerd/handlers
 
-USER consumerd
+USER 10001:10001
 EXPOSE 9464
 ENTRYPOINT ["consumerd"]
-CMD ["run", "-c", "/etc/consumerd/consumerd.toml"]
+CMD ["run"]
