@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from consumerd import where
-from consumerd.catalog import SUPPORTED
 from consumerd.errors import Halt, Poison, Refusal
 from consumerd.formats import json, messages, selection, values
 
@@ -35,6 +34,9 @@ EMPTY = Refusal(
 )
 
 
+OWN_DEFAULT = "the table's own default is used where the column is left out under [columns]"
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused."""
@@ -51,6 +53,9 @@ class Encoder:
         fields = _fields(table, handler)
         self.columns: tuple[Column, ...] = tuple(field.column for field in fields)
         self.table = table
+        self._own_defaults = {
+            field.column.name for field in fields if handler.columns is None and field.column.has_default
+        }
         test = where.parse(handler.where) if handler.where is not None else None
         read = () if test is None else where.fields(test)
         self._select = None if test is None else selection.selector(test, handler.key_format)
@@ -95,8 +100,14 @@ class Encoder:
                     rows += self._decode((message,))
                     positions.append(position)
             except (ValueError, RecursionError, Poison) as error:
-                refused[position] = values.refusal(error)
+                refused[position] = self._refusal(error)
         return Rows(rows, positions, _skipped(skipped))
+
+    def _refusal(self, error: Exception) -> Refusal:
+        found = values.refusal(error)
+        if found.reason == "missing" and found.column in self._own_defaults:
+            return replace(found, message=f"{found.message}; {OWN_DEFAULT}")
+        return found
 
 
 def _skipped(count: int) -> Counter[SkipReason]:
@@ -106,7 +117,16 @@ def _skipped(count: int) -> Counter[SkipReason]:
 def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
     """Resolve the mapping against the live table; every mistake at once."""
     if handler.columns is None:
-        fields = tuple(values.Field(column=c, path=(c.name,)) for c in table.columns if not c.automatic)
+        key = handler.table.key
+        fields = tuple(
+            values.Field(
+                column=column,
+                path=(column.name,),
+                default=values.ABSENT if column.name in key else values.own_default(column),
+            )
+            for column in table.columns
+            if not column.automatic or column.name in key
+        )
         problems = []
     else:
         known = {column.name: column for column in table.columns}
@@ -128,16 +148,11 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
             if name in known
         )
     problems += [
-        f"column {field.column.name} of {table.name} is {field.column.type_name}, which is not supported yet; "
-        f"supported: {', '.join(SUPPORTED.values())}, enums, domains. List the others under [columns] to leave it out"
-        for field in fields
-        if field.column.oid not in SUPPORTED
-    ]
-    problems += [
         f"column {field.column.name} of {table.name} {mistake} (`columns.{field.column.name}` in {handler.path})"
         for field in fields
-        if field.column.oid in SUPPORTED and (mistake := messages.mistake(field, handler.key_format))
+        if (mistake := messages.mistake(field, handler.key_format))
     ]
+    problems += _not_writable([field.column for field in fields], table, handler)
     # A unique index holds any number of NULLs, and DISTINCT ON keeps one: a key must have a value.
     fields = tuple(
         replace(field, column=replace(field.column, not_null=True)) if field.column.name in handler.table.key else field
@@ -150,10 +165,11 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
         if name not in names
     ]
     if handler.table.write == "upsert" and not problems and frozenset(handler.table.key) not in table.unique:
-        key = ", ".join(f'"{name}"' for name in handler.table.key)
+        quoted = ", ".join(f'"{name}"' for name in handler.table.key)
         problems.append(
-            f"table {table.name} has no unique index on ({key}), which upsert needs; type: "
-            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier} ({key});"
+            f"table {table.name} has no unique index on ({quoted}), which upsert needs (a deferrable constraint, a "
+            "partial index, one on expressions will not do); type: "
+            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier} ({quoted});"
         )
     problems += [
         f"column {column.name} of table {table.name} is NOT NULL, has no default, and is not mapped: map it under "
@@ -171,3 +187,33 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
     if problems:
         raise Halt("table", "; ".join(problems))
     return fields
+
+
+def _not_writable(columns: list[Column], table: Table, handler: HandlerConfig) -> list[str]:
+    """Say which columns take no value of ours: Postgres makes them itself, or the role may not write them."""
+    problems = [
+        f"column {column.name} of table {table.name} is GENERATED ALWAYS AS IDENTITY, numbered by Postgres alone: "
+        f'leave it out, or type: ALTER TABLE {table.identifier} ALTER "{column.name}" SET GENERATED BY DEFAULT;'
+        for column in columns
+        if column.always == "identity"
+    ]
+    problems += [
+        f"column {column.name} of table {table.name} is GENERATED ALWAYS AS an expression: leave it out of [columns]"
+        for column in columns
+        if column.always == "expression"
+    ]
+    update = handler.table.write == "upsert"
+    wanted = {"INSERT": columns, "UPDATE": [c for c in columns if update and c.name not in handler.table.key]}
+    for privilege, of in wanted.items():
+        names = ", ".join(f'"{column.name}"' for column in of if privilege in column.lacking)
+        if names:
+            problems.append(
+                f"role {table.role} lacks {privilege} on columns of table {table.name}; type: "
+                f"GRANT {privilege} ({names}) ON {table.identifier} TO {table.role};"
+            )
+    if table.row_security and handler.table.write == "append":
+        problems.append(
+            f"table {table.name} has row-level security, under which Postgres allows role {table.role} no COPY: type: "
+            f'ALTER ROLE {table.role} BYPASSRLS; or write = "upsert", which inserts'
+        )
+    return problems

@@ -50,7 +50,7 @@ class Mapping:
         """Return the rows of messages that are not refused yet; raises Rejected, naming a row, as the sink does."""
         refused = dict(refused or {})
         rows = self.encoder.encode(messages, refused)
-        data = CopyData(packed=bytearray())
+        data = CopyData()
         self.sink.pack(rows.rows, data)
         return Packed(
             mapping=self,

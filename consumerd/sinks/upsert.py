@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
+from consumerd.catalog import Column
 from consumerd.sinks.copy import Packer, check_stored, copy, copy_statement
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from consumerd.catalog import Column, Table
+    from consumerd.catalog import Table
     from consumerd.sinks.copy import CopyData
 
 STAGING = sql.Identifier("pg_temp", "consumerd_staging")
 ORDINAL = "consumerd_ordinal"
-BIGINT_OID = 20
+_ORDINAL = Column(name=ORDINAL, oid=20, typmod=-1, type_name="bigint", not_null=True, automatic=True)
 LEAST_DETOUR, MOST_DETOUR = 16, 1024
 """Writes by the staging table until the straight way is tried again, twice as many after each that failed: what one
 leaves behind in the table is for vacuum."""
@@ -42,10 +43,10 @@ class Upsert:
     def __init__(self, table: Table, columns: tuple[Column, ...], key: tuple[str, ...]) -> None:
         names = [column.name for column in columns]
         target = sql.SQL(table.identifier)
-        oids = [column.oid for column in columns]
-        self._packer, self._numbering_packer = Packer(oids), Packer([*oids, BIGINT_OID])
-        self._stage, self._stage_numbered = copy_statement(STAGING, names), copy_statement(STAGING, [*names, ORDINAL])
-        self._straight = copy_statement(target, names)
+        numbered = (*columns, _ORDINAL)
+        self._packer, self._numbering_packer = Packer(columns), Packer(numbered)
+        self._stage, self._stage_numbered = copy_statement(STAGING, columns), copy_statement(STAGING, numbered)
+        self._straight = copy_statement(target, columns)
         self._detour = 0
         """Writes until the straight way is tried again."""
         self._next_detour = LEAST_DETOUR
