@@ -8,9 +8,11 @@ from psycopg import AsyncConnection
 
 from consumerd import catalog, postgres
 from consumerd.config import HandlerConfig, PostgresConfig
-from consumerd.errors import Halt
+from consumerd.encode import OWN_DEFAULT
+from consumerd.errors import Halt, Refusal
 from consumerd.live_table import LiveTable
 from tests.servers.sql import execute
+from tests.unit.test_json import Fake
 
 FOREIGN = "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;"
 PARTED = "CREATE TABLE t (id int) PARTITION BY LIST (id);"
@@ -131,6 +133,19 @@ async def test_a_default_that_json_cannot_hold(database: str, default: str) -> N
     table = await read(database, f"CREATE TABLE t (id int, v {default} NOT NULL)")
     assert table.mapping.table.columns[1].default is not None
     assert [column.name for column in table.mapping.encoder.columns] == ["id", "v"]
+
+
+async def test_a_default_that_is_not_used(database: str) -> None:
+    """An absent key is refused, whatever its default; so is a value that only Postgres computes, with the way on."""
+    make = (
+        "CREATE TABLE t (id int PRIMARY KEY DEFAULT 0, n int NOT NULL DEFAULT 1, at timestamptz NOT NULL DEFAULT now())"
+    )
+    table = await read(database, make, table=UPSERT)
+    refused: dict[int, Refusal] = {}
+    sent: list[Any] = [Fake(b'{"at": "2026-01-01T00:00:00Z"}'), Fake(b'{"id": 1}')]
+    assert table.mapping.encoder.encode(sent, refused).rows == []
+    assert [(each.reason, each.column) for each in refused.values()] == [("missing", "id"), ("missing", "at")]
+    assert refused[1].message.endswith(OWN_DEFAULT)
 
 
 async def test_a_default_is_part_of_the_fingerprint(database: str) -> None:

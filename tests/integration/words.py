@@ -40,6 +40,9 @@ def stricter(type_name: str, literal: str) -> str | None:
         and re.search("nan|inf", string or "", re.IGNORECASE) is not None,
         "a numeric in a string has decimal digits": family in {"numeric", "money_of_ours"}
         and (string or "").startswith("0x"),
+        "a numeric has up to 16,383 digits behind the point, before it is rounded": family
+        in {"numeric", "money_of_ours"}
+        and re.search("[eE]-[0-9]{5,}", literal) is not None,
         "a timestamp is a string as in RFC 3339, with its offset": family == "timestamp"
         and (string is None or not (RFC_3339 if zoned else LOCAL).fullmatch(string)),
         "a timestamp's year is 1 to 9999, after rounding too": family == "timestamp"
