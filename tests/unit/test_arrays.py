@@ -9,9 +9,11 @@ import pytest
 from psycopg import sql
 
 from consumerd.catalog import Column
+from consumerd.formats import messages
 from consumerd.formats.values import Field
 from consumerd.sinks.copy import CopyData, Packer, copy_statement
 from tests.unit.test_json import JSONB, field, row, why
+from tests.unit.test_mapping import Fake
 
 INET, ANY_ARRAY = 869, 1007
 
@@ -142,3 +144,14 @@ def test_an_array_names_its_elements_own_type() -> None:
     packed = bytes(Packer([column]).add(CopyData(), [(["x"],)]).packed)
     assert packed[6 + 8 : 6 + 12] == (70_000).to_bytes(4)
     assert packed.endswith(b"\0\0\0\x01x")
+
+
+@pytest.mark.parametrize(
+    ("entry", "header", "expected"),
+    [(array("integer"), b"[1, 2]", [1, 2]), (by_text(), b"10.0.0.1", "10.0.0.1"), (by_text(), b"[1]", "[1]")],
+    ids=["array", "by text", "by text, in brackets"],
+)
+def test_of_a_header(entry: Field, header: bytes, expected: object) -> None:
+    """A header's text is read as JSON for an array, and is the words of a type that goes by its text form."""
+    source = replace(entry, place="@headers", path=("h",))
+    assert messages.decoder((source,), "bytes")([Fake(b"{}", its_headers=[("h", header)])]) == [(expected,)]
