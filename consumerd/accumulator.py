@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from confluent_kafka import KafkaError
 
     from consumerd.errors import Refusal, SkipReason
+    from consumerd.transform import Outcome
     from consumerd.types import Message, TopicPartition
 
 FlushReason = Literal["messages", "bytes", "age", "pressure", "revoke", "drain", "tail"]
@@ -53,6 +54,7 @@ class Bounds:
 class Judged:
     """What the breaker has counted of one batch, and when; zeros once it counts no more."""
 
+    partition: TopicPartition
     at: float
     messages: int
     refused: int
@@ -83,6 +85,10 @@ class Batch:
     """Position in `messages` of each that does not become a row, and why."""
     skipped: Counter[SkipReason] = field(default_factory=Counter)
     """How many of `messages` become neither row nor letter, as they were last packed."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """What the handler's transform made of the first messages; without one nothing."""
+    extra: int = 0
+    """Rows beyond one for each message that has any."""
     lettered: set[int] = field(default_factory=set)
     """Those of `refused` whose letter was acknowledged: a retry does not send it twice."""
     on_their_way: set[int] = field(default_factory=set)
@@ -127,10 +133,11 @@ class Batch:
             arrived=self.arrived,
             packed=rest_packed,
             refused={position - count: why for position, why in self.refused.items() if position >= count},
+            outcomes=self.outcomes[count:],
             lettered={position - count for position in self.lettered if position >= count},
         )
         self.next_offset = rest.first_offset
-        del self.messages[count:]
+        del self.messages[count:], self.outcomes[count:]
         self.size -= rest.size
         self.refused = {position: why for position, why in self.refused.items() if position < count}
         self.lettered = {position for position in self.lettered if position < count}

@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from consumerd.brokers import Found, gap
 from consumerd.checkpoint import Lease
 from consumerd.commits import Commit
 from consumerd.decide import Committed, Decision, Stamp, Stored, decide, decide_by_kafka, decode_stamp
 from consumerd.errors import Outage
-from consumerd.types import TopicPartition
+from consumerd.types import NO_TALLY, Tally, TopicPartition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -185,8 +186,11 @@ class Assignment:
         promise = self._promised.get(partition)
         return promise is None or promise.done()
 
-    def commit_of(self, partition: TopicPartition, offset: int, leader_epoch: int | None) -> Commit:
-        """Return the commit to Kafka of a checkpoint, stamped."""
+    def commit_of(
+        self, partition: TopicPartition, offset: int, leader_epoch: int | None, tally: Tally = NO_TALLY
+    ) -> Commit:
+        """Return the commit to Kafka of a checkpoint, stamped; its breaker's tally goes along if Postgres has none."""
+        keeps_tally = self._checkpoints.mode == "kafka" and tally.messages > 0
         stamp = Stamp(
             store=self._store,
             group=self._handler.group_id,
@@ -194,6 +198,7 @@ class Assignment:
             offset=offset,
             mode=self._checkpoints.mode,
             partitions=self._first_seen.get(partition.topic, UNSET),
+            judged=(tally.messages, tally.refused, time.time()) if keeps_tally else UNSET,
         )
         return Commit(partition=partition, offset=offset, leader_epoch=leader_epoch, metadata=stamp.encode())
 
@@ -231,6 +236,7 @@ class Assignment:
             next_offset=offset,
             max_offset=max(stored.max_offset or 0, offset),
             leader_epoch=stored.leader_epoch if decision.kind == "resume" else None,
+            tally=_tally(stamp) if self._checkpoints.mode == "kafka" else stored.tally,
         )
 
     def _require(self, partition: TopicPartition, offset: int, low: int, high: int) -> None:
@@ -303,3 +309,11 @@ class Assignment:
     def _topic_id(self, partition: TopicPartition) -> str | None:
         topic = self._topics.get(partition.topic)
         return topic.topic_id if topic else None
+
+
+def _tally(stamp: Stamp | None) -> Tally:
+    """Return what a stamp says that the breaker had counted."""
+    if stamp is None or isinstance(stamp.judged, UnsetType):
+        return NO_TALLY
+    messages, refused, at = stamp.judged
+    return Tally(messages, refused, max(0.0, time.time() - at))

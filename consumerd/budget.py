@@ -19,7 +19,8 @@ BUFFER_SHARE = 0.5
 """Share of a handler's memory for the messages themselves. The rest is what the allocator holds between them: a tenth
 was seen with messages of 100 kB."""
 ROW_COPIES = 2
-"""Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY."""
+"""Times that the bytes of a batch in flight are there beside its messages: in its rows, and packed for COPY; once more
+as the values that a transform returned."""
 ROW_OVERHEAD = 600
 """Bytes of the objects that a row of some columns is made of (measured: 60 to 100 for each column)."""
 GATHERING_SHARE = 0.5
@@ -53,7 +54,7 @@ def divide(memory: int, handler: HandlerConfig) -> Budget:
     rows = int(memory * ENCODED_SHARE) // connections  # the objects; their bytes may have half of it
     bounds = Bounds(
         max_messages=max(1, min(batch.max_messages, rows // ROW_OVERHEAD)),
-        max_bytes=max(1, min(batch.max_bytes, rows // 2 // ROW_COPIES)),
+        max_bytes=max(1, min(batch.max_bytes, rows // 2 // (ROW_COPIES + (handler.transform is not None)))),
         max_age=batch.max_age * GATHERING_SHARE,
     )
     return Budget(

@@ -115,6 +115,8 @@ class Table:
     """The role may lock it: it has a privilege on the whole table."""
     row_security: bool = False
     """Policies apply to the role, for which Postgres refuses COPY into the table."""
+    has_unique: bool = False
+    """It has an index that ON CONFLICT DO NOTHING goes by, a partial one or one of expressions perhaps."""
     has_rules: bool = False
     """It has rewrite rules, which COPY passes by."""
     may_drop_rows: bool = False
@@ -193,10 +195,10 @@ WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
 
 _UNIQUE = """\
 SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
-             WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+             WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
+       i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL
 FROM pg_catalog.pg_index i
-WHERE i.indrelid = %s::oid AND i.indisunique AND i.indimmediate AND i.indisvalid
-  AND i.indpred IS NULL AND i.indexprs IS NULL"""
+WHERE i.indrelid = %s::oid AND (i.indisunique OR i.indisexclusion) AND i.indimmediate AND i.indisvalid"""
 
 _PARTITIONS_APART = """\
 SELECT c.oid::regclass::text, c.relkind = 'f'
@@ -251,13 +253,14 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
     for part, foreign in await (await conn.execute(_PARTITIONS_APART, [oid])).fetchall():
         raise Halt("table", f"partition {part} of {name} {_apart(part, identifier, foreign=foreign)}")
     columns, fingerprint = await _columns(conn, name, oid)
-    unique = tuple(frozenset(names) for (names,) in await (await conn.execute(_UNIQUE, [oid])).fetchall())
+    indexes = await (await conn.execute(_UNIQUE, [oid])).fetchall()
     triggers = await (await conn.execute(_BEFORE_TRIGGERS, {"oid": oid})).fetchall()
     return Table(
         name=name,
         identifier=identifier,
         columns=columns,
-        unique=unique,
+        unique=tuple(frozenset(names) for names, plain in indexes if plain),
+        has_unique=bool(indexes),
         fingerprint=fingerprint,
         role=role,
         lockable=lockable,

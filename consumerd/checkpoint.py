@@ -17,7 +17,7 @@ from consumerd import postgres
 from consumerd.decide import Mode, Stored
 from consumerd.errors import Halt, TableChanged
 from consumerd.postgres import call
-from consumerd.types import TopicPartition
+from consumerd.types import NO_TALLY, Tally, TopicPartition
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,14 +48,18 @@ CREATE TABLE IF NOT EXISTS {schema}.checkpoint (
     seen_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (group_id, topic, partition)
 ) WITH (fillfactor = 50);
+ALTER TABLE {schema}.checkpoint ADD COLUMN IF NOT EXISTS judged_messages bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS judged_refused bigint NOT NULL DEFAULT 0, ADD COLUMN IF NOT EXISTS judged_at timestamptz;
 """
-"""What `consumerd setup` makes. Half-filled pages keep the checkpoint's updates within their page (HOT)."""
+"""What `consumerd setup` makes. Half-filled pages keep the checkpoint's updates within their page (HOT). The last three
+are what the breaker has counted of the partition, for whoever holds it next; a schema made before them gets them."""
 
 CLAIM_TIMEOUT = "SET lock_timeout = '10s'"
 """Longer than it takes to end the transaction of a member that was stopped in it (`consumerd.watch`)."""
 
 _THERE = """\
 SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attname = 'judged_at'
 WHERE n.nspname = %(schema)s AND c.relname = 'checkpoint'"""
 
 _TRY = """\
@@ -81,7 +85,8 @@ WITH locked AS (
 )
 UPDATE {schema}.checkpoint c SET epoch = c.epoch + 1, seen_at = now()
 FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
-RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch"""
+RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch,
+    c.judged_messages, c.judged_refused, coalesce(extract(epoch FROM now() - c.judged_at), 0)::float8"""
 
 _OTHER_GROUP = """\
 SELECT c.group_id
@@ -94,8 +99,8 @@ LIMIT 1"""
 _ADVANCE = """\
 WITH expected AS (
     SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[], %(epochs)s::int8[], %(olds)s::int8[],
-                         %(news)s::int8[], %(leaders)s::int[])
-        AS e (topic, partition, epoch, old_offset, new_offset, leader_epoch)
+                         %(news)s::int8[], %(leaders)s::int[], %(judged)s::int8[], %(refused)s::int8[])
+        AS e (topic, partition, epoch, old_offset, new_offset, leader_epoch, judged, refused)
 ), held AS (
     SELECT e.* FROM {schema}.checkpoint c JOIN expected e USING (topic, partition)
     WHERE c.group_id = %(group)s AND c.epoch = e.epoch AND c.next_offset = e.old_offset
@@ -103,7 +108,8 @@ WITH expected AS (
 )
 UPDATE {schema}.checkpoint c
 SET next_offset = h.new_offset, max_offset = greatest(c.max_offset, h.new_offset),
-    leader_epoch = coalesce(h.leader_epoch, c.leader_epoch), seen_at = now()
+    leader_epoch = coalesce(h.leader_epoch, c.leader_epoch), seen_at = now(),
+    judged_messages = h.judged, judged_refused = h.refused, judged_at = now()
 FROM held h WHERE c.group_id = %(group)s AND c.topic = h.topic AND c.partition = h.partition
 RETURNING c.topic, c.partition"""
 
@@ -127,6 +133,8 @@ class Lease:
     next_offset: int
     max_offset: int
     leader_epoch: int | None = None
+    tally: Tally = NO_TALLY
+    """What had been counted of it for the breaker when it was claimed."""
 
 
 class Stand(NamedTuple):
@@ -144,6 +152,7 @@ class Move:
     lease: Lease
     new: int
     leader_epoch: int | None
+    tally: Tally
 
 
 GRANTS = """\
@@ -234,8 +243,9 @@ class Checkpoints:
                 topic_id=topic_id,
                 target=target,
                 leader_epoch=leader_epoch,
+                tally=Tally(*tally),
             )
-            for topic, number, topic_id, next_offset, max_offset, epoch, target, leader_epoch in rows
+            for topic, number, topic_id, next_offset, max_offset, epoch, target, leader_epoch, *tally in rows
         }
 
     async def place(
@@ -272,6 +282,8 @@ class Checkpoints:
             "olds": [move.lease.next_offset for move in moves],
             "news": [move.new for move in moves],
             "leaders": [move.leader_epoch for move in moves],
+            "judged": [move.tally.messages for move in moves],
+            "refused": [move.tally.refused for move in moves],
         }
 
     def _keys(self, partitions: Sequence[TopicPartition]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from consumerd.scalars import (
     Count,
     Duration,
     Identifier,
+    KeySource,
     Property,
     Size,
     Text,
@@ -42,6 +43,7 @@ from consumerd.scalars import (
     absolute,
     between,
     folder,
+    is_function,
     is_table,
     is_topic,
     listen_address,
@@ -131,15 +133,38 @@ class LogConfig(_Section):
     """Time between two lines that tell how each handler does."""
 
 
+Named = tuple[str, ...] | str | None
+"""One column, several, or none."""
+
+
 class TableConfig(_Section):
     """Where rows go, and how."""
 
     name: Annotated[str, must(is_table, 'must be "table" or "schema.table"')]
     """The table, `table` or `schema.table`, resolved as psql does."""
-    write: Literal["append", "upsert"]
-    """What a message does: `append` adds a row, `upsert` adds or replaces the row of its key."""
+    write: Literal["append", "skip-existing", "upsert"]
+    """What a message does: `append` adds a row, `skip-existing` adds it unless a unique index of the table finds it
+    there already, `upsert` adds or replaces the row of its key."""
     key: Annotated[tuple[Identifier, ...], Field(strict=False), NO_REPEATS] = Field(default=(), validate_default=True)
     """The columns that tell rows apart, for upsert, which needs them; the table needs a unique index on them."""
+    update: (
+        Annotated[
+            tuple[Identifier, ...],
+            Field(strict=False),
+            must(len, 'is empty: leave it out to update every column, or write = "skip-existing"'),
+            NO_REPEATS,
+        ]
+        | None
+    ) = None
+    """The columns that upsert changes in a row that is there; the others are written when it is new, and then kept.
+    Without it: all but the key."""
+    version: Identifier | None = None
+    """A column, for upsert: no row is replaced by one whose version is lower. An equal one replaces; null is lowest."""
+    tombstones: Literal["delete", "ignore", "dead-letter"] = "ignore"
+    """What a message without a value is: it deletes the row of its key (upsert alone), is passed over, or is poison."""
+    tombstone_key: dict[Identifier, KeySource] = Field(default={}, validate_default=True)
+    """Where a tombstone's key comes from, for `tombstones = "delete"`: for each column of `key` either `"@key"`, the
+    message's whole key, or `"@key.PATH"`, a path into it; see `key_format`."""
 
     @field_validator("key")
     @classmethod
@@ -149,7 +174,47 @@ class TableConfig(_Section):
             raise ValueError('is missing, and upsert needs it: write key = ["order_id"]')
         if write == "append" and key:
             raise ValueError('append has no key: take it out, or write = "upsert"')
+        if write == "skip-existing" and key:
+            raise ValueError('skip-existing goes by every unique index of the table: take it out, or write = "upsert"')
         return key
+
+    @field_validator("update", "version")
+    @classmethod
+    def _only_upsert_updates(cls, value: Named, info: ValidationInfo) -> Named:
+        write, key = info.data.get("write"), info.data.get("key", ())
+        if value is not None and write in {"append", "skip-existing"}:
+            raise ValueError(f'{write} changes no row: take it out, or write = "upsert"')
+        named = (value,) if isinstance(value, str) else value or ()
+        if twice := [name for name in named if name in key]:
+            raise ValueError(f"names {', '.join(twice)}, which is in table.key: a row's key does not change")
+        return value
+
+    @field_validator("version")
+    @classmethod
+    def _version_is_updated(cls, version: str | None, info: ValidationInfo) -> str | None:
+        update = info.data.get("update")
+        if version is not None and update is not None and version not in update:
+            raise ValueError("is not in table.update: a row that is replaced must get the new version; add it there")
+        return version
+
+    @field_validator("tombstones")
+    @classmethod
+    def _only_upsert_deletes(cls, tombstones: str, info: ValidationInfo) -> str:
+        write = info.data.get("write")
+        if tombstones == "delete" and write in {"append", "skip-existing"}:
+            raise ValueError(f'{write} deletes no row: write "ignore" or "dead-letter", or write = "upsert"')
+        return tombstones
+
+    @field_validator("tombstone_key")
+    @classmethod
+    def _names_the_whole_key(cls, sources: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        tombstones, key = info.data.get("tombstones"), info.data.get("key", ())
+        if tombstones is not None and tombstones != "delete" and sources:
+            raise ValueError('goes with tombstones = "delete" alone: take it out')
+        if tombstones == "delete" and key and set(sources) != set(key):
+            example = ", ".join(f'{name} = "@key{f".{name}" if len(key) > 1 else ""}"' for name in key)
+            raise ValueError(f"must say where each column of table.key comes from: write {{ {example} }}")
+        return sources
 
 
 class ColumnConfig(_Section):
@@ -215,6 +280,21 @@ class BatchConfig(_Section):
     """Time from a message's arrival to its row's commit while the database keeps up: it is written after half of it."""
 
 
+class TransformConfig(_Section):
+    """A Python function between a message and its row: docs/transforms.md. `timeout` is in seconds."""
+
+    function: Annotated[
+        str, must(is_function, 'must be "module:function": "orders:transform" for transform in orders.py')
+    ]
+    """The function: `"orders:transform"` is `transform` in `orders.py`, beside this file. It gets a record and returns
+    a record, a list of records, or None; one whose name ends in `_batch` gets a list of records and returns a list."""
+    workers: Annotated[int, between(0, 64)] = 0
+    """Processes that call it; 0 calls it in a thread of the daemon, which is enough where it computes little."""
+    timeout: Duration = 10.0
+    """How long one call may last. A worker process is ended then, and a record that outlasts it twice is dead-lettered;
+    a thread cannot be ended: the handler halts."""
+
+
 class RetryConfig(_Section):
     """The waits between two tries of what an outage prevents, for as long as it lasts. In seconds."""
 
@@ -231,8 +311,11 @@ class RetryConfig(_Section):
 
 
 class PoisonConfig(_Section):
-    """When a handler halts because too much of its stream is poison. `window` is in seconds."""
+    """What becomes of poison, and when a handler halts because too much of its stream is. `window` is in seconds."""
 
+    action: Literal["dead-letter", "skip", "halt"] = "dead-letter"
+    """What becomes of a message that cannot be a row: it goes to the dead-letter topic; it is passed over, counted and
+    logged; or the handler halts before it."""
     max_ratio: Annotated[float, must(lambda ratio: 0 < ratio <= 1, "must be more than 0 and at most 1")] = 0.05
     """The share of messages above which the handler halts."""
     window: Duration = 60.0
@@ -283,7 +366,7 @@ class HandlerConfig(_Section):
     """Which messages are taken, `kind == 'buy' and (amount > 5 or @headers.vip is not null)`; the others are skipped.
     docs/values.md has the rules."""
     checkpoint: Literal["postgres", "kafka"] = "postgres"
-    """Where the checkpoint is: `postgres`, in the rows' transaction, exactly once; `kafka`, append at least once."""
+    """Where the checkpoint is: `postgres`, in the rows' transaction, exactly once; `kafka`, at least once."""
     max_connections: Annotated[int, between(1, 64)] = 4
     """Connections of this handler that write side by side, each another partition's batch."""
     table: TableConfig
@@ -294,6 +377,7 @@ class HandlerConfig(_Section):
     """Which columns are written, and where their values come from. Without it: each column from the field of its own
     name, generated and identity columns left to Postgres."""
     decode: DecodeConfig = DecodeConfig()
+    transform: TransformConfig | None = None
     batch: BatchConfig = BatchConfig()
     retry: RetryConfig = RetryConfig()
     poison: PoisonConfig = PoisonConfig()
@@ -315,9 +399,24 @@ class HandlerConfig(_Section):
     @classmethod
     def _upsert_needs_its_order(cls, table: TableConfig, info: ValidationInfo) -> TableConfig:
         if table.write == "upsert" and info.data.get("checkpoint") == "kafka":
-            raise ValueError(
-                'upsert goes with checkpoint = "postgres" alone: at least once, a late repeat would undo newer rows'
-            )
+            if table.version is None:
+                raise ValueError(
+                    'upsert without `version` goes with checkpoint = "postgres" alone: at least once, a late repeat '
+                    "would undo newer rows"
+                )
+            if table.tombstones == "delete":
+                raise ValueError(
+                    'tombstones = "delete" goes with checkpoint = "postgres" alone: at least once, a late repeat would '
+                    "bring back what was deleted"
+                )
+        return table
+
+    @field_validator("table")
+    @classmethod
+    def _paths_need_json(cls, table: TableConfig, info: ValidationInfo) -> TableConfig:
+        key_format = info.data.get("key_format")
+        if key_format in {"bytes", "text"} and any(source != "@key" for source in table.tombstone_key.values()):
+            raise ValueError('tombstone_key leads into the key, which needs key_format = "json"')
         return table
 
     @field_validator("columns")
@@ -326,9 +425,12 @@ class HandlerConfig(_Section):
         cls, columns: dict[str, ColumnConfig] | None, info: ValidationInfo
     ) -> dict[str, ColumnConfig] | None:
         table = info.data.get("table")
-        absent = [name for name in table.key if name not in columns] if table and columns is not None else []
-        if absent:
-            raise ValueError(f"lacks {', '.join(absent)}, which table.key names")
+        if table is None or columns is None:
+            return columns
+        version = (table.version,) if table.version else ()
+        for key, names in (("key", table.key), ("update", table.update or ()), ("version", version)):
+            if absent := [name for name in names if name not in columns]:
+                raise ValueError(f"lacks {', '.join(absent)}, which table.{key} names")
         return columns
 
     @field_validator("columns")
@@ -347,6 +449,15 @@ class HandlerConfig(_Section):
         if text is not None and "key_format" in info.data:
             where.check(where.parse(text), info.data["key_format"])
         return text
+
+    @field_validator("transform")
+    @classmethod
+    def _transform_decides_alone(
+        cls, transform: TransformConfig | None, info: ValidationInfo
+    ) -> TransformConfig | None:
+        if transform is not None and info.data.get("where") is not None:
+            raise ValueError("goes without `where`: take that out, and return None for messages that are not wanted")
+        return transform
 
     @field_validator("decode")
     @classmethod

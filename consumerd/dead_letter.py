@@ -39,6 +39,8 @@ ACKNOWLEDGE_WAIT = 0.2
 VISIBLE_AFTER = 5.0
 """Seconds without an acknowledgement after which that is an outage for all to see."""
 
+STAGES = {"decode": "VALUE_CONVERTER", "transform": "TRANSFORMATION", "write": "TASK_PUT"}
+"""Kafka Connect's names."""
 ATTEMPT_DIGITS = 9
 """Digits of an attempt that we may have written; a longer one is somebody else's."""
 
@@ -192,7 +194,7 @@ def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Ref
         (f"{CONNECT_PREFIX}partition", str(batch.partition.partition)),
         (f"{CONNECT_PREFIX}offset", str(message.offset())),
         (f"{CONNECT_PREFIX}connector.name", handler.name),
-        (f"{CONNECT_PREFIX}stage", {"decode": "VALUE_CONVERTER", "write": "TASK_PUT"}[refusal.stage]),
+        (f"{CONNECT_PREFIX}stage", STAGES[refusal.stage]),
         (f"{CONNECT_PREFIX}class.name", "consumerd"),
         (f"{CONNECT_PREFIX}exception.class.name", refusal.error),
         (f"{CONNECT_PREFIX}exception.message", refusal.message),

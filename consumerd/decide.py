@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from consumerd.errors import Halt
+from consumerd.types import NO_TALLY
 
 if TYPE_CHECKING:
-    from consumerd.types import TopicPartition
+    from consumerd.types import Tally, TopicPartition
 
 LOG_START = -2
 """`next_offset` of a partition that appeared after its group had first seen the topic: it begins at its log's start,
@@ -35,6 +36,8 @@ class Stamp(msgspec.Struct, frozen=True, kw_only=True, rename={"version": "v"}):
     offset: int
     partitions: int | msgspec.UnsetType = msgspec.UNSET
     """How many partitions the topic had when the group first saw it, where no checkpoint in Postgres tells."""
+    judged: tuple[int, int, float] | msgspec.UnsetType = msgspec.UNSET
+    """Messages and refusals that the breaker has counted, and when (Unix time), where none in Postgres keeps them."""
 
     def encode(self) -> str:
         """Return the stamp as metadata."""
@@ -51,6 +54,7 @@ class Stored:
     topic_id: str | None
     target: str
     leader_epoch: int | None = None
+    tally: Tally = NO_TALLY
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from consumerd import where
 from consumerd.errors import Halt, Poison, Refusal
-from consumerd.formats import json, messages, selection, values
+from consumerd.formats import json, keys, messages, selection, values
+from consumerd.transform import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from consumerd.catalog import Column, Table
     from consumerd.config import HandlerConfig
     from consumerd.errors import SkipReason
+    from consumerd.transform import Outcome
     from consumerd.types import Message
 
 Row = tuple[Any, ...]
@@ -34,12 +36,20 @@ EMPTY = Refusal(
 )
 
 
+UNUSABLE = (
+    "has no unique index on ({}), which upsert needs (a deferrable constraint, a partial index, one on expressions "
+    "will not do)"
+)
 OWN_DEFAULT = "the table's own default is used where the column is left out under [columns]"
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows in offset order; `positions` are their messages'. So many as `skipped` says are neither row nor refused."""
+    """Rows in offset order; `positions` are their messages', of which a transform may make several rows each.
+
+    So many as `skipped` says are neither row nor refused. Where tombstones delete, each row ends with whether it
+    deletes; one that does has nothing else but its key.
+    """
 
     rows: list[Row]
     positions: Sequence[int]
@@ -63,10 +73,28 @@ class Encoder:
         known = read if handler.decode.unknown_fields == "dead-letter" else None
         self._decode: messages.Decode
         if all(field.place == "field" for field in fields):
-            decode = json.decoder(fields, known)
-            self._decode = lambda some: decode([m.value() for m in some])  # type: ignore[misc]
+            values_of = json.decoder(fields, known)
+            self._decode = lambda some: values_of([m.value() for m in some])  # type: ignore[misc]
         else:
             self._decode = messages.decoder(fields, handler.key_format, known)
+        self._ignores_tombstones = handler.table.tombstones == "ignore"
+        self._deletion = None
+        if handler.table.tombstones == "delete":
+            decode, self._deletion = self._decode, keys.deletions(handler, self.columns)
+            self._decode = lambda some: [(*row, False) for row in decode(some)]
+
+    def encode_outcomes(
+        self, some: Sequence[Message], refused: dict[int, Refusal], outcomes: Sequence[Outcome]
+    ) -> Rows:
+        """Decode what a transform made of messages, as `encode` does; all rows of a message, or none."""
+        made, owners = expanded(some, outcomes, refused)
+        found: dict[int, Refusal] = {}
+        rows = self.encode(made, found)
+        for index, why in found.items():
+            refused.setdefault(owners[index], why)
+        kept = [at for at, index in enumerate(rows.positions) if owners[index] not in refused]
+        skipped: Counter[SkipReason] = Counter({"transform": outcomes.count(())})
+        return Rows([rows.rows[at] for at in kept], [owners[rows.positions[at]] for at in kept], rows.skipped + skipped)
 
     def encode(self, some: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         """Decode what is taken and not refused yet; what cannot be is added to `refused`, by its position."""
@@ -86,22 +114,36 @@ class Encoder:
     def _one_by_one(self, some: Sequence[Message], refused: dict[int, Refusal]) -> Rows:
         rows: list[Row] = []
         positions: list[int] = []
-        skipped = 0
+        skipped: Counter[SkipReason] = Counter()
         for position, message in enumerate(some):
             if position in refused:
                 continue
             value = message.value()
             try:
-                if self._select is not None and (value or not self._selects_by_fields) and not self._select((message,)):
-                    skipped += 1
-                elif not value:
-                    refused[position] = TOMBSTONE if value is None else EMPTY
+                if not self._takes(message):
+                    skipped["where"] += 1
+                elif value is None and self._ignores_tombstones:
+                    skipped["tombstone"] += 1
                 else:
-                    rows += self._decode((message,))
+                    rows += self._decode((message,)) if value else self._without_value(message)
                     positions.append(position)
             except (ValueError, RecursionError, Poison) as error:
                 refused[position] = self._refusal(error)
-        return Rows(rows, positions, _skipped(skipped))
+        return Rows(rows, positions, skipped)
+
+    def _takes(self, message: Message) -> bool:
+        """Whether `where` selects a message; where it reads fields, one without a value is told by what follows."""
+        if self._select is None or (self._selects_by_fields and not message.value()):
+            return True
+        return bool(self._select((message,)))
+
+    def _without_value(self, message: Message) -> list[Row]:
+        """Return what a message without a value does; raises Poison when it is none that the table can take."""
+        if message.value() is not None:
+            raise Poison(EMPTY)
+        if self._deletion is None:
+            raise Poison(TOMBSTONE)
+        return [self._deletion(message.key())]
 
     def _refusal(self, error: Exception) -> Refusal:
         found = values.refusal(error)
@@ -159,29 +201,14 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
         for field in fields
     )
     names = {field.column.name for field in fields}
-    problems += [
-        f"key column {name!r} of table {table.name} is not among the columns"
-        for name in handler.table.key
-        if name not in names
-    ]
-    if handler.table.write == "upsert" and not problems and frozenset(handler.table.key) not in table.unique:
-        quoted = ", ".join(f'"{name}"' for name in handler.table.key)
-        problems.append(
-            f"table {table.name} has no unique index on ({quoted}), which upsert needs (a deferrable constraint, a "
-            "partial index, one on expressions will not do); type: "
-            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier} ({quoted});"
-        )
+    problems += _named_problems(table, handler, names)
+    problems += [] if problems else _unique_problems(table, handler, names)
     problems += [
         f"column {column.name} of table {table.name} is NOT NULL, has no default, and is not mapped: map it under "
         f"[columns], or type: ALTER TABLE {table.identifier} ALTER {column.name} DROP NOT NULL;"
         for column in table.columns
         if column.not_null and not column.automatic and not column.has_default and column.name not in names
     ]
-    if handler.checkpoint == "kafka" and any(unique <= names for unique in table.unique):
-        problems.append(
-            f"table {table.name} has a unique index, which would refuse what is written again after a crash "
-            f'(checkpoint = "kafka" is at least once): write checkpoint = "postgres", or drop the index'
-        )
     if not problems and not fields:
         problems.append(f"table {table.name} has no column to write")
     if problems:
@@ -202,8 +229,10 @@ def _not_writable(columns: list[Column], table: Table, handler: HandlerConfig) -
         for column in columns
         if column.always == "expression"
     ]
-    update = handler.table.write == "upsert"
-    wanted = {"INSERT": columns, "UPDATE": [c for c in columns if update and c.name not in handler.table.key]}
+    config = handler.table
+    changing = config.update or {column.name for column in columns} - set(config.key)
+    updated = [column for column in columns if column.name in changing] if config.write == "upsert" else []
+    wanted = {"INSERT": columns, "UPDATE": updated}
     for privilege, of in wanted.items():
         names = ", ".join(f'"{column.name}"' for column in of if privilege in column.lacking)
         if names:
@@ -217,3 +246,43 @@ def _not_writable(columns: list[Column], table: Table, handler: HandlerConfig) -
             f'ALTER ROLE {table.role} BYPASSRLS; or write = "upsert", which inserts'
         )
     return problems
+
+
+def _named_problems(table: Table, handler: HandlerConfig, names: set[str]) -> list[str]:
+    """Say which columns that [table] names are not written, or are of no use for what they are named for."""
+    config = handler.table
+    named = [("key", name) for name in config.key] + [("update", name) for name in config.update or ()]
+    named += [("version", config.version)] if config.version else []
+    problems = [
+        f"{key} column {name!r} of table {table.name} is not among the columns"
+        for key, name in named
+        if name not in names
+    ]
+    version = table.column(config.version) if config.version else None
+    if version is not None and version.oid == values.JSON:
+        problems.append(
+            f"version column {version.name!r} of table {table.name} is {version.type_name}, of which none is lower "
+            f"than another: name a column of numbers or times in `table.version`"
+        )
+    return problems
+
+
+def _unique_problems(table: Table, handler: HandlerConfig, names: set[str]) -> list[str]:
+    """Say which unique index is missing, or is one too many."""
+    write, key = handler.table.write, ", ".join(f'"{name}"' for name in handler.table.key)
+    index = f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier}"
+    if write == "upsert" and frozenset(handler.table.key) not in table.unique:
+        return [f"table {table.name} {UNUSABLE.format(key)}; type: {index} ({key});"]
+    if write == "skip-existing" and not table.has_unique:
+        sentence = "has no unique index, by which skip-existing tells what exists"
+        return [f'table {table.name} {sentence}; type: {index} (...); or write = "append"']
+    own = frozenset(handler.table.key)
+    if (
+        handler.checkpoint == "kafka"
+        and write != "skip-existing"
+        and any(unique <= names and unique != own for unique in table.unique)
+    ):
+        sentence = "has a unique index, which would refuse what is written again after a crash"
+        ways = 'write checkpoint = "postgres", or write = "skip-existing", or drop the index'
+        return [f'table {table.name} {sentence} (checkpoint = "kafka" is at least once): {ways}']
+    return []

@@ -10,20 +10,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-HaltReason = Literal["table", "topic", "dead_letter", "breaker", "gap", "checkpoint", "kafka", "database", "bug"]
+HaltReason = Literal[
+    "table",
+    "topic",
+    "dead_letter",
+    "poison",
+    "breaker",
+    "gap",
+    "checkpoint",
+    "kafka",
+    "database",
+    "transform",
+    "bug",
+]
 
-PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected"]
+PoisonReason = Literal["malformed", "missing", "type", "range", "encoding", "unknown_field", "transform", "rejected"]
 """Why a message cannot become a row: the fixed values of the label `reason` of dead-letter metrics.
 
 malformed: not JSON. missing: absent or null where a value is needed. type: of another type. range: outside the
 column's range or length. encoding: text that is not UTF-8. unknown_field: one that no column reads, where that is
-refused. rejected: refused by the database itself.
+refused. transform: refused by the handler's transform. rejected: refused by the database itself.
 """
 
-SkipReason = Literal["where"]
+SkipReason = Literal["where", "tombstone", "exists", PoisonReason]
 """Why a message becomes neither row nor letter: the fixed values of the label `reason` of skip metrics.
 
-where: the handler's `where` does not select it.
+where: the handler's `where` does not select it. tombstone: it has no value. exists: a row like it is in the table
+already (skip-existing). transform: its transform returns nothing for it, or refused it. It and any other are poison's,
+where `[poison] action` is `skip`.
 """
 
 
@@ -44,7 +58,7 @@ class Refusal:
     """Why one message is not a row. Holds no value of the message, so it may go into headers, logs and metrics."""
 
     reason: PoisonReason
-    stage: Literal["decode", "write"]
+    stage: Literal["decode", "transform", "write"]
     error: str
     """Class of the exception that was raised, for example `psycopg.errors.UniqueViolation`."""
     message: str
@@ -70,11 +84,11 @@ class Rejected(ConsumerdError):
         self.row = row
 
 
-Source = Literal["postgres", "kafka", "dead_letter"]
+Source = Literal["postgres", "kafka", "dead_letter", "transform"]
 
 
 class Outage(ConsumerdError):
-    """The broker or the database cannot do it now: retry with backoff, for ever."""
+    """The broker, the database or a transform cannot do it now: retry with backoff, for ever."""
 
     def __init__(self, source: Source, message: str) -> None:
         super().__init__(message)

@@ -15,6 +15,7 @@ checkpoint stood where it was expected.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -47,17 +48,21 @@ async def isolate(
     rows: Sequence[tuple[Any, ...]],
     named: int | None = None,
     *,
+    starts: Sequence[int] | None = None,
     at_least: int = 0,
     now: Callable[[], float] = lambda: 0.0,
 ) -> tuple[dict[int, Refusal], int]:
     """Return why each refused row is refused, by its position, and how many rows are settled, from the first on.
 
     `named` is the row that the failed write's error named, if it did: what comes before it is not tried with it again.
-    The budget does not end the search before `at_least` rows are settled, and never before the first. Raises Outage or
-    Halt for any other trouble.
+    Where messages have several rows, `starts` has the first row of each: they are tried together, and it is messages
+    that are counted in what is returned. The budget does not end the search before `at_least` are settled, and never
+    before the first. Raises Outage or Halt for any other trouble.
     """
     refused: dict[int, Refusal] = {}
-    pieces = [(0, len(rows))] if named is None else _pieces(0, len(rows), named)
+    borders = range(len(rows) + 1) if starts is None else [*starts, len(rows)]
+    count = len(borders) - 1
+    pieces = [(0, count)] if named is None else _pieces(0, count, bisect_right(borders, named) - 1)
     tries, until = BUDGET_TRIES, now() + BUDGET_SECONDS
     while pieces:
         start, end = pieces.pop()
@@ -65,17 +70,20 @@ async def isolate(
         if start > 0 and ((spent and start > at_least) or now() > until + LONGEST_SECONDS):
             return refused, start
         tries -= 1
-        rejected = await _try(conn, sink, rows[start:end], start)
+        first, last = borders[start], borders[end]
+        rejected = await _try(conn, sink, rows[first:last], first)
         if rejected is None:
             continue
         if end - start == 1:
             refused[start] = rejected.refusal
             continue
-        pieces += _pieces(start, end, rejected.row)
+        row = None if rejected.row is None else bisect_right(borders, first + rejected.row) - 1 - start
+        pieces += _pieces(start, end, row)
     for position in sorted((p for p, refusal in refused.items() if refusal.sqlstate == ORPHAN), reverse=True):
-        if await _try(conn, sink, rows[position : position + 1], position) is None:
+        first, last = borders[position], borders[position + 1]
+        if await _try(conn, sink, rows[first:last], first) is None:
             del refused[position]
-    return refused, len(rows)
+    return refused, count
 
 
 def _pieces(start: int, end: int, row: int | None) -> list[tuple[int, int]]:

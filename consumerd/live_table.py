@@ -16,6 +16,7 @@ from consumerd.errors import ConfigError, Halt, TableChanged
 from consumerd.packed import Packed
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
+from consumerd.sinks.skip_existing import SkipExisting
 from consumerd.sinks.upsert import Upsert
 
 if TYPE_CHECKING:
@@ -23,15 +24,24 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from consumerd.catalog import Table
-    from consumerd.config import HandlerConfig
+    from consumerd.catalog import Column, Table
+    from consumerd.config import HandlerConfig, TableConfig
+    from consumerd.encode import Rows
     from consumerd.errors import Refusal
     from consumerd.sinks.base import Sink
+    from consumerd.transform import Outcome
     from consumerd.types import Message
 
 log = logging.getLogger(__name__)
 
-PRIVILEGES = {"append": ("INSERT",), "upsert": ("INSERT", "UPDATE", "SELECT")}
+PRIVILEGES = {
+    "append": ("INSERT",),
+    "skip-existing": ("INSERT", "SELECT"),
+    "upsert": ("INSERT", "UPDATE", "SELECT"),
+    "delete": ("DELETE",),
+}
+"""What the role must be allowed to, by `write` and `tombstones` of [table]. A staging table is made like the table,
+which needs SELECT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +50,28 @@ class Mapping:
 
     encoder: Encoder
     sink: Sink
+    transforms: bool = False
+    """Whether messages are transformed before they are rows."""
 
     @property
     def table(self) -> Table:
         """The table that both were made for."""
         return self.encoder.table
 
-    def pack(self, messages: Sequence[Message], refused: dict[int, Refusal] | None = None) -> Packed:
-        """Return the rows of messages that are not refused yet; raises Rejected, naming a row, as the sink does."""
+    def pack(
+        self,
+        messages: Sequence[Message],
+        refused: dict[int, Refusal] | None = None,
+        outcomes: Sequence[Outcome] = (),
+    ) -> Packed:
+        """Return the rows of messages that are not refused yet; raises Rejected, naming a row, as the sink does.
+
+        For a handler with a transform: of what it made of them, or nothing before it was called.
+        """
+        if self.transforms and not outcomes:
+            return Packed(messages=len(messages))
         refused = dict(refused or {})
-        rows = self.encoder.encode(messages, refused)
+        rows = self.rows(messages, refused, outcomes)
         data = CopyData()
         self.sink.pack(rows.rows, data)
         return Packed(
@@ -59,7 +81,14 @@ class Mapping:
             data=bytes(data.packed),
             refused=refused,
             skipped=rows.skipped,
+            extra=data.rows - len(set(rows.positions)) if outcomes else 0,
         )
+
+    def rows(self, messages: Sequence[Message], refused: dict[int, Refusal], outcomes: Sequence[Outcome]) -> Rows:
+        """Return the rows themselves; what is refused is added to `refused`, by position."""
+        if self.transforms:
+            return self.encoder.encode_outcomes(messages, refused, outcomes)
+        return self.encoder.encode(messages, refused)
 
 
 class LiveTable:
@@ -76,14 +105,14 @@ class LiveTable:
         """Read the table from the catalog; raises Halt for what does not fit it."""
         config = self._handler.table
         async with postgres.errors_of(conn):
-            table = await catalog.load(conn, config.name, PRIVILEGES[config.write])
+            privileges = PRIVILEGES[config.write] + PRIVILEGES.get(config.tombstones, ())
+            table = await catalog.load(conn, config.name, privileges)
         try:
             encoder = Encoder(table, self._handler)
         except ConfigError as error:
             raise Halt("table", str(error)) from error
-        columns = encoder.columns
-        sink = Append(table, columns) if config.write == "append" else Upsert(table, columns, config.key)
-        self.mapping = Mapping(encoder, sink)
+        sink = _sink(config, table, encoder.columns)
+        self.mapping = Mapping(encoder, sink, self._handler.transform is not None)
 
     async def follow(self, used: Mapping, changed: TableChanged) -> None:
         """Read the table again, unless that was done since; raises Halt when what was written to is gone."""
@@ -106,3 +135,14 @@ class LiveTable:
                 f"under [columns], then restart; a restart alone goes on with the columns that are there",
             )
         log.info("the table has changed: read again from the catalog", extra={"handler": self._handler.name})
+
+
+def _sink(config: TableConfig, table: Table, columns: tuple[Column, ...]) -> Sink:
+    match config.write:
+        case "append":
+            return Append(table, columns)
+        case "skip-existing":
+            return SkipExisting(table, columns)
+        case "upsert":
+            deletes = config.tombstones == "delete"
+            return Upsert(table, columns, config.key, update=config.update, version=config.version, deletes=deletes)

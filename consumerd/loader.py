@@ -38,10 +38,6 @@ ANY: Final = "*"
 UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
     Config: [(("daemon", "control"), ANY), (("log", "format"), "journal")],
     HandlerConfig: [
-        (("transform",), ANY),
-        *((("table", key), ANY) for key in ("update", "version", "tombstones", "tombstone_key")),
-        (("table", "write"), "skip-existing"),
-        (("poison", "action"), ANY),
         (("poison", "error_text"), ANY),
     ],
 }
@@ -54,6 +50,7 @@ REQUIRED: Final[Mapping[KeyPath, str]] = {
     ("table", "name"): 'name = "sales.orders"',
     ("table", "write"): 'write = "append"',
     ("columns", ANY, "from"): 'from = "customer.name"',
+    ("transform", "function"): 'function = "orders:transform"',
 }
 """Keys without a default: what to write."""
 

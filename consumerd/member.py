@@ -34,6 +34,7 @@ from consumerd.packed import Packed
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
 from consumerd.topics import Topics
+from consumerd.transformer import Transformer
 from consumerd.watch import Watch
 from consumerd.writer import Writer
 
@@ -84,6 +85,7 @@ class Member:
         self.breaker = Breaker(handler.poison)
         self.letters = DeadLetters(config.kafka, handler)
         self.table = LiveTable(handler, self.connect)
+        self.transformer: Transformer | None = None
         self.reconciler = Reconciler(self)
         self.checkpoints: Checkpoints | KafkaCheckpoints
         self._tails: dict[TopicPartition, float] = {}
@@ -129,6 +131,9 @@ class Member:
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
             await self._halt(_first_halt(error))
+        finally:
+            if self.transformer is not None:
+                await self.transformer.close()
 
     async def drain(self, deadline: float) -> bool:
         """Write what is gathered, commit, and leave the group; False if that was not done by the deadline."""
@@ -149,11 +154,15 @@ class Member:
 
     async def _start(self) -> None:
         """Look at everything that must be there before the first message; raises Halt with what to type."""
+        if self.handler.transform is not None and self.transformer is None:
+            self.transformer = Transformer(self.handler, self.budget.batch.max_bytes)
+            await self.transformer.start()
         self._topics = Topics(self.config.kafka)
         found = self._found = await self._topics.find(
             self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers]
         )
-        self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
+        if self.handler.poison.action == "dead-letter":
+            self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
             schema, group = self.config.postgres.schema_name, self.handler.group_id
@@ -248,8 +257,11 @@ class Member:
         """Whether a batch is still to be written: its partition is leased as it was, and it is not written yet."""
         return self.assignment.leases.get(batch.partition) is lease and lease.next_offset <= batch.first_offset
 
-    def written(self, work: Work, seconds: float) -> None:
-        """Take note of a committed write: leases move, memory is freed, Kafka is told in a while."""
+    def written(self, work: Work, seconds: float, existing: int = 0) -> None:
+        """Take note of a committed write: leases move, memory is freed, Kafka is told in a while.
+
+        Of the write's rows `existing` were there already; whose, nobody knows: they are counted for its first batches.
+        """
         commits = []
         for batch, lease in work:
             lease.next_offset = batch.next_offset
@@ -258,8 +270,9 @@ class Member:
             if self.assignment.leases.get(batch.partition) is lease:  # else it is gone, or came back since
                 if not batch.messages and self._positions.get(batch.partition) == batch.first_offset:
                     self._positions[batch.partition] = batch.next_offset
-                commits.append(self.assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch))
-            self.progress.written(batch, seconds)
+                tally = self.breaker.tally(batch.partition)
+                commits.append(self.assignment.commit_of(batch.partition, batch.next_offset, batch.leader_epoch, tally))
+            existing -= self.progress.written(batch, seconds, existing)
             if batch.leader_epoch is not None:
                 lease.leader_epoch = batch.leader_epoch
         self.assignment.commit(commits)
@@ -417,6 +430,7 @@ class Member:
             self._batches.close(partitions)
             await self._settle(partitions, deadline)
         self.release(partitions)
+        self.breaker.forget(partitions)
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), revoked=partitions)
 
@@ -424,6 +438,7 @@ class Member:
         """Drop partitions that are another's already; a write in flight is fenced or was in time."""
         self.assignment.lose(partitions)
         self.release(partitions)
+        self.breaker.forget(partitions)
         self._tell_held_up()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
         if self.progress.state != "halted":
@@ -511,6 +526,9 @@ class Member:
             await conn.close()
         if leases:
             self.release(leases)
+            now = time.monotonic()
+            for partition, lease in leases.items():
+                self.breaker.recall(partition, lease.tally, now)
             await self.assignment.deliver(leases)
         self.recovered(MEMBER)
         self.progress.joined()

@@ -28,6 +28,8 @@ class Packed:
     """Position among the messages of each that is no row, and why."""
     skipped: Counter[SkipReason] = field(default_factory=Counter)
     """How many messages are neither row nor refused."""
+    extra: int = 0
+    """Rows beyond one for each message that has any: only a transform makes them."""
 
     @property
     def memory(self) -> int:

@@ -78,8 +78,9 @@ class Progress:
         self._outages: dict[tuple[Source, str], _Outage] = {}
         """By what is out, and by who met it: another's success says nothing of it."""
         self._recent: deque[tuple[float, int]] = deque()
-        self._letters: Counter[str] = Counter()
-        self._letters_told = -LETTERS_INTERVAL
+        self._untold: dict[str, Counter[str]] = {"dead-lettered": Counter(), "skipped": Counter()}
+        """What became of poison since the last line about it, by reason."""
+        self._told = dict.fromkeys(self._untold, -LETTERS_INTERVAL)
         metrics.declare(handler)
         self._show_state()
 
@@ -180,21 +181,20 @@ class Progress:
             metrics.batch_messages.labels(self.handler).observe(len(batch.messages))
             metrics.batch_bytes.labels(self.handler).observe(batch.size)
 
-    def written(self, batch: Batch, seconds: float) -> None:
-        """Count a committed batch."""
+    def written(self, batch: Batch, seconds: float, existing: int = 0) -> int:
+        """Count a committed batch; return how many of its rows are taken for those that existed already."""
         now = time.time()
-        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total()
+        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total() + batch.extra
+        existing = min(existing, rows)
+        rows -= existing
         self.totals.written += rows
         self._recent.append((time.monotonic(), rows))
         self.last_commit = now
         partition = batch.partition
         metrics.rows_written.labels(self.handler, partition.topic, str(partition.partition)).inc(rows)
-        for refusal in batch.refused.values():
-            self.totals.dead_lettered[refusal.reason] += 1
-            metrics.messages_dead_lettered.labels(self.handler, refusal.reason).inc()
-        for reason, count in batch.skipped.items():
-            self.totals.skipped[reason] += count
-            metrics.messages_skipped.labels(self.handler, reason).inc(count)
+        self._count_poison(batch)
+        for reason, count in {**batch.skipped, "exists": existing}.items():
+            self._count_skipped(reason, count)
         metrics.batch_write_duration.labels(self.handler).observe(seconds)
         metrics.last_commit_timestamp.labels(self.handler).set(now)
         oldest = batch.messages[0].timestamp()[1] / 1000 if batch.messages else 0
@@ -206,17 +206,34 @@ class Progress:
             if batch.messages:
                 progress.last, progress.oldest = batch.messages[-1].timestamp()[1], 0
             self._look(partition, progress)
-        self._tell_letters(batch)
+        self._tell_poison(batch)
+        return existing
 
-    def _tell_letters(self, batch: Batch) -> None:
-        """Log what was dead-lettered since the last such line, if that is a while ago."""
-        self._letters.update(refusal.reason for refusal in batch.refused.values())
+    def _count_poison(self, batch: Batch) -> None:
+        """Count what was refused: what has no letter was passed over."""
+        for position, refusal in batch.refused.items():
+            if position in batch.lettered:
+                self.totals.dead_lettered[refusal.reason] += 1
+                metrics.messages_dead_lettered.labels(self.handler, refusal.reason).inc()
+                self._untold["dead-lettered"][refusal.reason] += 1
+            else:
+                self._count_skipped(refusal.reason, 1)
+                self._untold["skipped"][refusal.reason] += 1
+
+    def _count_skipped(self, reason: str, count: int) -> None:
+        if count:
+            self.totals.skipped[reason] += count
+            metrics.messages_skipped.labels(self.handler, reason).inc(count)
+
+    def _tell_poison(self, batch: Batch) -> None:
+        """Log what became of poison since the last such line, if that is a while ago."""
         now = time.monotonic()
-        if self._letters and now - self._letters_told >= LETTERS_INTERVAL:
-            extra = {"handler": self.handler, "latest": str(batch.partition), "reasons": dict(self._letters)}
-            log.warning("dead-lettered", extra=extra)
-            self._letters.clear()
-            self._letters_told = now
+        for what, reasons in self._untold.items():
+            if reasons and now - self._told[what] >= LETTERS_INTERVAL:
+                extra = {"handler": self.handler, "latest": _latest(batch), "reasons": dict(reasons)}
+                log.warning(what, extra=extra)
+                reasons.clear()
+                self._told[what] = now
 
     def watermarks(self, high: Mapping[TopicPartition, int]) -> None:
         """Note high watermarks."""
@@ -297,6 +314,13 @@ class Progress:
     def _show_state(self) -> None:
         for state in metrics.STATES:
             metrics.handler_state.labels(self.handler, state).set(state == self.state)
+
+
+def _latest(batch: Batch) -> str:
+    """Name the last message of a batch that was refused, or else its partition."""
+    if not batch.refused:
+        return str(batch.partition)
+    return f"{batch.partition}@{batch.messages[max(batch.refused)].offset()}"
 
 
 def total_lag(lags: Iterable[tuple[int, float]]) -> tuple[int, float]:

@@ -166,6 +166,12 @@ def is_table(name: str) -> bool:
     return len(parts) in {1, 2} and all(map(is_identifier, parts))
 
 
+def is_function(name: str) -> bool:
+    """Tell "module:function"; a file's name is no module's."""
+    module, _, function = name.partition(":")
+    return not module.endswith(".py") and all(part.isidentifier() for part in [*module.split("."), function])
+
+
 NO_REPEATS = must(lambda names: len(set(names)) == len(names), "names the same twice")
 
 
@@ -175,3 +181,10 @@ Text = Annotated[str, must(lambda text: text.strip() and text.isprintable(), "mu
 Topic = Annotated[str, must(is_topic, _TOPIC_RULE)]
 Identifier = Annotated[str, must(is_identifier, f"must be a name of 1 to {MAX_IDENTIFIER_BYTES} bytes")]
 Count = Annotated[int, must(lambda number: number > 0, "must be 1 or more")]
+KeySource = Annotated[
+    str,
+    must(
+        lambda source: source == "@key" or (source.startswith("@key.") and all(source.split("."))),
+        'must be "@key", the message\'s key, or a path into it, such as "@key.id"',
+    ),
+]

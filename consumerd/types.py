@@ -17,6 +17,18 @@ class TopicPartition(NamedTuple):
         return f"{self.topic}:{self.partition}"
 
 
+class Tally(NamedTuple):
+    """What the breaker has counted of a partition, as it is kept beside the checkpoint."""
+
+    messages: int = 0
+    refused: int = 0
+    age: float = 0.0
+    """Seconds since the last of them was counted."""
+
+
+NO_TALLY = Tally()
+
+
 class Message(Protocol):
     """What the path needs of a consumed message (`confluent_kafka.Message` has it)."""
 

@@ -1,8 +1,8 @@
 """The path of a batch: one loop for each connection, read from top to bottom.
 
-`Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: pack, judge,
-dead-letter, then one transaction with checkpoint and rows. Whatever goes wrong leaves it as one of our errors, whose
-class says what happens next (`consumerd.errors`).
+`Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: transform,
+pack, judge, dead-letter, then one transaction with checkpoint and rows. Whatever goes wrong leaves it as one of our
+errors, whose class says what happens next (`consumerd.errors`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from consumerd.member import Member
     from consumerd.packed import Packed
     from consumerd.postgres import Statement, TransactionId
-    from consumerd.types import Message
 
 Work = list[tuple["Batch", Lease]]
 """Batches of one write, each with the lease that its partition had when it was taken."""
@@ -111,6 +110,8 @@ class Writer:
 
     async def _meet(self, outage: Outage, work: Work) -> None:
         """Let go of the connection, and do what can be done now: fewer rows next, or what owes no letters."""
+        if outage.source == "transform":
+            return
         await self.abort()
         if isinstance(outage, Cancelled):
             self._member.cancelled(work, time.monotonic() - self._began)
@@ -147,25 +148,30 @@ class Writer:
     async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
         member = self._member
+        work = await self._transformed(work)
+        if not work:
+            return
         await member.confirm_topics(max(batch.arrived for batch, _ in work))
         async with member.packing:
             data = await _packed(work, mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while some of it was packed again
-        if any(batch.owes_letters for batch, _ in work):
-            await self._confirm(mapping)
+        if any(batch.owes_letters for batch, _ in work) and member.handler.poison.action != "skip":
+            await self._confirm(mapping)  # what is passed over is confirmed by the write's own transaction
         for batch, _ in work:
-            await self._dead_letter(batch)
+            if not await self._settle_poison(batch):
+                return  # it is a smaller batch now
         started = time.monotonic()
         conn = await self._connection(mapping)
         if not all(member.holds(batch, lease) for batch, lease in work):
             return  # given up while the letters were under way
         self.writing = True
+        existing = 0
         try:
             async with postgres.transaction(conn, *self._opening(work, mapping)) as answers:
                 _check(answers, work, mapping)
                 if data.rows:
-                    await mapping.sink.write(conn, data)
+                    existing = await mapping.sink.write(conn, data)
                 if member.checkpoints.mode == "kafka":
                     self._doubt = await postgres.transaction_id(conn), work
             self._doubt = None
@@ -175,8 +181,34 @@ class Writer:
         finally:
             self.writing = False
             member.settled()
-        member.written(work, time.monotonic() - started)
+        member.written(work, time.monotonic() - started, existing)
         member.recovered(self._name, "postgres", "dead_letter")
+
+    async def _transformed(self, work: Work) -> Work:
+        """Return the batches that are transformed now and fit into memory together; the others go again.
+
+        Raises Outage when it cannot be done now for any.
+        """
+        transformer = self._member.transformer
+        if transformer is None:
+            return work
+        done: Work = []
+        size = 0
+        outage: Outage | None = None
+        for batch, lease in work:
+            try:
+                size += await transformer.complete(batch)
+            except Outage as error:
+                outage = error
+                continue
+            if len(batch.outcomes) < len(batch.messages):
+                self._member.split(batch, len(batch.outcomes))
+            done.append((batch, lease))
+            if size > self._member.budget.batch.max_bytes:
+                break
+        if not done and outage is not None:
+            raise outage
+        return [(batch, lease) for batch, lease in done if self._member.holds(batch, lease)]
 
     async def _confirm(self, mapping: Mapping) -> None:
         """Raise TableChanged when the table is not as it was read: what was refused for it may fit it now."""
@@ -196,7 +228,13 @@ class Writer:
     def _opening(self, work: Work, mapping: Mapping) -> list[Statement]:
         """Return what moves the checkpoints, first of all, and what tells whether the table is as it was."""
         moves = [
-            Move(partition=batch.partition, lease=lease, new=batch.next_offset, leader_epoch=batch.leader_epoch)
+            Move(
+                partition=batch.partition,
+                lease=lease,
+                new=batch.next_offset,
+                leader_epoch=batch.leader_epoch,
+                tally=self._member.breaker.tally(batch.partition),
+            )
             for batch, lease in work
         ]
         table = mapping.table
@@ -205,23 +243,31 @@ class Writer:
     async def _isolate(self, batch: Batch, lease: Lease, mapping: Mapping, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""
         member = self._member
-        rows = mapping.encoder.encode(batch.messages, batch.refused)
+        rows = mapping.rows(batch.messages, batch.refused, batch.outcomes)
+        starts = [at for at, position in enumerate(rows.positions) if at == 0 or rows.positions[at - 1] != position]
         conn = await self._connection(mapping)
         work = [(batch, lease)]
         async with postgres.transaction(conn, *self._opening(work, mapping), probe=True) as answers:
             _check(answers, work, mapping)
             refused, settled = await isolate(
-                conn, mapping.sink, rows.rows, named, at_least=member.breaker.lacks(batch), now=time.monotonic
+                conn,
+                mapping.sink,
+                rows.rows,
+                named,
+                starts=starts,
+                at_least=member.breaker.lacks(batch),
+                now=time.monotonic,
             )
         if any(refusal.sqlstate == ORPHAN for refusal in refused.values()):
             _be_patient(batch)
-        if settled < len(rows.rows):
-            member.split(batch, rows.positions[settled])
-        batch.refused |= {rows.positions[row]: refusal for row, refusal in refused.items()}
+        positions = [rows.positions[start] for start in starts]
+        if settled < len(positions):
+            member.split(batch, positions[settled])
+        batch.refused |= {positions[message]: refusal for message, refusal in refused.items()}
         member.isolated(batch, refused)
-        if not refused and settled == len(rows.rows):
+        if not refused and settled == len(positions):
             self._cut_or_halt(batch)
-        if member.handler.table.write == "append":
+        if member.handler.table.write != "upsert":
             _refuse_repeats(batch, lease)
 
     def _cut_or_halt(self, batch: Batch) -> None:
@@ -238,10 +284,21 @@ class Writer:
             raise Halt("database", "Postgres refuses a message's row, and then it does not, again and again")
         raise Outage("postgres", "Postgres refused a row, and then it did not")
 
-    async def _dead_letter(self, batch: Batch) -> None:
-        """Judge a batch, good ones too, and send the letters it has."""
-        self._member.breaker.judge(batch, time.monotonic())
-        await self._member.letters.send(batch)
+    async def _settle_poison(self, batch: Batch) -> bool:
+        """Judge a batch, good ones too, and do with its poison what the handler says: send the letters it has, say.
+
+        False when what lies before its first poison was made a batch of its own, which is written first.
+        """
+        member, action = self._member, self._member.handler.poison.action
+        if action == "halt" and batch.refused:
+            if first := min(batch.refused):
+                member.split(batch, first)
+                return False
+            raise _poisoned(batch, member)
+        member.breaker.judge(batch, time.monotonic())
+        if action == "dead-letter":
+            await member.letters.send(batch)
+        return True
 
     async def _connection(self, mapping: Mapping) -> AsyncConnection[Any]:
         """Return the open connection, made ready for the sink."""
@@ -270,29 +327,29 @@ async def _packed(work: Work, mapping: Mapping) -> CopyData:
     data = CopyData()
     for batch, _ in work:
         start, before = 0, data.rows
-        batch.skipped = Counter()
+        batch.skipped, batch.extra = Counter(), 0
         for piece in batch.packed:
             known = _within(batch.refused, start, piece.messages)
             if piece.mapping is not mapping or not known.keys() <= piece.refused.keys():
-                piece = await _packed_again(batch.messages[start : start + piece.messages], known, mapping, data.rows)  # noqa: PLW2901
+                span = slice(start, start + piece.messages)
+                piece = await _packed_again(batch, span, known, mapping, data.rows)  # noqa: PLW2901
             data.packed += piece.data
             data.rows += piece.rows
             batch.refused |= {start + position: why for position, why in piece.refused.items()}
             batch.skipped += piece.skipped
+            batch.extra += piece.extra
             start += piece.messages
-        rows, skipped = data.rows - before, batch.skipped.total()
-        if not start == rows + len(batch.refused) + skipped == len(batch.messages):
-            raise Halt(
-                "bug",
-                f"{rows} rows, {len(batch.refused)} refusals and {skipped} skipped of {len(batch.messages)} messages",
-            )
+        became, skipped = data.rows - before - batch.extra, batch.skipped.total()
+        if not start == became + len(batch.refused) + skipped == len(batch.messages):
+            others = f"{len(batch.refused)} were refused and {skipped} skipped"
+            raise Halt("bug", f"{became} messages became rows, {others}, of {len(batch.messages)}")
     return data
 
 
-async def _packed_again(messages: list[Message], refused: dict[int, Refusal], mapping: Mapping, rows: int) -> Packed:
+async def _packed_again(batch: Batch, span: slice, refused: dict[int, Refusal], mapping: Mapping, rows: int) -> Packed:
     await asyncio.sleep(0)  # who waits for an answer of Postgres has a turn between two pieces
     try:
-        return mapping.pack(messages, refused)
+        return mapping.pack(batch.messages[span], refused, batch.outcomes[span])
     except Rejected as rejected:
         raise Rejected(rejected.refusal, None if rejected.row is None else rows + rejected.row) from rejected
 
@@ -311,6 +368,21 @@ def _check(answers: Sequence[Sequence[tuple[Any, ...]]], work: Work, mapping: Ma
         raise Fenced
     if fingerprint != [(mapping.table.fingerprint,)]:
         raise TableChanged(f"table {mapping.table.name} is not as it was read from the catalog")
+
+
+def _poisoned(batch: Batch, member: Member) -> Halt:
+    """Say which message a handler that passes none over cannot write: the first of a batch."""
+    partition, refusal, offset = batch.partition, batch.refused[0], batch.messages[0].offset()
+    column = f" in {refusal.column}" if refusal.column else ""
+    bootstrap, group = member.config.kafka.bootstrap_servers, member.handler.group_id
+    return Halt(
+        "poison",
+        f"topic {partition.topic} partition {partition.partition} offset {offset} cannot become a row: "
+        f"{refusal.message}{column} ({refusal.reason}), and [poison] action is halt; mend the table or the mapping; or "
+        f"write another action under [poison]; or pass over this one message: kafka-consumer-groups "
+        f"--bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} --to-offset {offset + 1} "
+        f"--execute; then restart",
+    )
 
 
 def _be_patient(batch: Batch) -> None:

@@ -31,6 +31,7 @@ class Append:
         """Add rows to the data of a COPY."""
         return self._packer.add(data, rows)
 
-    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> None:
+    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> int:
         """Copy the rows into the table."""
         await copy(conn, self._statement, data)
+        return 0

@@ -25,5 +25,8 @@ class Sink(Protocol):
     def pack(self, rows: Sequence[tuple[Any, ...]], data: CopyData) -> CopyData:
         """Add rows to the data of a COPY, and return it; raises Rejected, naming a row that has no such form."""
 
-    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> None:
-        """Write packed rows; those written before in the same transaction are left alone."""
+    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> int:
+        """Write packed rows; those written before in the same transaction are left alone.
+
+        Return how many of them were left out because the table has them already.
+        """

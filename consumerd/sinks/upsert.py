@@ -1,127 +1,130 @@
-"""upsert: the newest row of each key, by COPY and at most one statement more.
+"""upsert: one row for each key, as if its messages had been written one by one.
 
-While all keys have been new lately a COPY straight into the table is tried, under a savepoint: where it succeeds there
-was nothing to update, and it costs half of what follows. A key that is there already, or twice in the batch, ends it;
-then, and for a while after, rows go by a staging table and one INSERT ... ON CONFLICT.
+The staged rows of a batch are merged by one INSERT ... ON CONFLICT, decided by the database's own idea of equal keys (a
+collation may find `A` equal to `a`). Of a key the last row wins; with a version the last of the highest, where null is
+the lowest, and none replaces a row of the table whose version is higher. Columns that are not updated are the key's
+first row's, for that one inserts. A row that deletes takes the key out of the table and with it all that came before;
+what follows is inserted anew.
 
-Each session has one temporary staging table (a table for each transaction grew pg_attribute by megabytes); it is
-emptied by COMMIT. It carries the target's NOT NULL and CHECK constraints, so that COPY's error context names the row
-that breaks one. Its rows are numbered as they come, in the offsets' order: the last row of a key wins, decided by the
-database's own idea of equal keys (a collation may find `A` equal to `a`), and rows go in sorted by key, so that two
-writers never wait for each other in a circle there.
+Rows go in sorted by key, so that two writers never wait for each other in a circle there.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 from psycopg import sql
 
-from consumerd.catalog import Column
-from consumerd.sinks.copy import Packer, check_stored, copy, copy_statement
+from consumerd.sinks.copy import check_stored
+from consumerd.sinks.staged import DELETES, ORDINAL, STAGING, Staged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from psycopg import AsyncConnection
 
-    from consumerd.catalog import Table
-    from consumerd.sinks.copy import CopyData
+    from consumerd.catalog import Column, Table
 
-STAGING = sql.Identifier("pg_temp", "consumerd_staging")
-ORDINAL = "consumerd_ordinal"
-_ORDINAL = Column(name=ORDINAL, oid=20, typmod=-1, type_name="bigint", not_null=True, automatic=True)
-LEAST_DETOUR, MOST_DETOUR = 16, 1024
-"""Writes by the staging table until the straight way is tried again, twice as many after each that failed: what one
-leaves behind in the table is for vacuum."""
+_STAGED = "{staging} WHERE {ordinal} >= {first}"
+_NOT_DELETED = (
+    "(SELECT *, max({ordinal}) FILTER (WHERE {deletes}) OVER (PARTITION BY {key}) AS consumerd_deletion "
+    "FROM {staging} WHERE {ordinal} >= {first}) AS staged WHERE {ordinal} > coalesce(consumerd_deletion, -1)"
+)
+_DELETE = (
+    "DELETE FROM {target} AS existing USING "
+    "(SELECT DISTINCT {key} FROM {staging} WHERE {deletes} AND {ordinal} >= {first}) AS staged WHERE {same}"
+)
+_NEWEST = "SELECT DISTINCT ON ({key}) {picked} FROM {rows} ORDER BY {key}, {latest}"
+_MERGE = (
+    "INSERT INTO {target} AS existing ({columns}) SELECT {columns} FROM ({newest}) AS newest "
+    "ON CONFLICT ({key}) DO {action}"
+)
+_COUNT = "SELECT count(*) FROM ({newest}) AS staged WHERE {counts}"
+_FIRST = "first_value({name}) OVER (PARTITION BY {key} ORDER BY {ordinal}) AS {name}"
+_NOT_LOWER = "(existing.{version} IS NULL OR {row}.{version} >= existing.{version})"
+_NOT_PASSED_OVER = "NOT EXISTS (SELECT FROM {target} AS existing WHERE {same} AND {not_lower} IS NOT TRUE)"
 
 
-class Upsert:
-    """Insert, or update where the key is there already."""
+class Upsert(Staged):
+    """Insert, or update where the key is there already; `update` None: every column but the key's."""
 
-    def __init__(self, table: Table, columns: tuple[Column, ...], key: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        table: Table,
+        columns: tuple[Column, ...],
+        key: tuple[str, ...],
+        *,
+        update: tuple[str, ...] | None = None,
+        version: str | None = None,
+        deletes: bool = False,
+    ) -> None:
         names = [column.name for column in columns]
-        target = sql.SQL(table.identifier)
-        numbered = (*columns, _ORDINAL)
-        self._packer, self._numbering_packer = Packer(columns), Packer(numbered)
-        self._stage, self._stage_numbered = copy_statement(STAGING, columns), copy_statement(STAGING, numbered)
-        self._straight = copy_statement(target, columns)
-        self._detour = 0
-        """Writes until the straight way is tried again."""
-        self._next_detour = LEAST_DETOUR
-        columns_sql = sql.SQL(", ").join(map(sql.Identifier, names))
-        key_sql = sql.SQL(", ").join(map(sql.Identifier, key))
-        updates = [sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in names if name not in key]
-        # What a COPY would do otherwise than INSERT ... ON CONFLICT: rules, identities, rows that may be dropped.
-        self._may_go_straight = bool(updates) and not table.has_rules and not any(c.automatic for c in columns)
-        self._names = {
-            "target": target,
-            "columns": columns_sql,
-            "key": key_sql,
+        changing = [name for name in names if name not in key and (update is None or name in update)]
+        super().__init__(table, columns, straight=bool(changing) and not deletes, key=key, deletes=deletes)
+        self._deletes = deletes
+        self._names: dict[str, sql.Composable] = {
+            "target": sql.SQL(table.identifier),
+            "columns": _listed(names),
+            "key": _listed(key),
             "staging": STAGING,
             "ordinal": sql.Identifier(ORDINAL),
-            "action": sql.SQL("UPDATE SET {}").format(sql.SQL(", ").join(updates)) if updates else sql.SQL("NOTHING"),
+            "deletes": sql.Identifier(DELETES),
+            "same": sql.SQL(" AND ").join(
+                sql.SQL("existing.{0} = staged.{0}").format(sql.Identifier(name)) for name in key
+            ),
         }
-        self._merge = (
-            "INSERT INTO {target} ({columns}) SELECT {columns} FROM ("
-            "SELECT DISTINCT ON ({key}) {columns} FROM {staging} WHERE {ordinal} >= {first} "
-            "ORDER BY {key}, {ordinal} DESC) AS newest ON CONFLICT ({key}) DO {action}"
-        )
-        self._count = "SELECT count(*) FROM (SELECT DISTINCT {key} FROM {staging} WHERE {ordinal} >= {first}) AS keys"
-        self._counts = table.may_drop_rows and bool(updates)
-        unmapped = [column.name for column in table.columns if column.name not in names]
-        self._prepare = sql.SQL(
-            "CREATE TEMPORARY TABLE {staging} (LIKE {target} INCLUDING CONSTRAINTS, "
-            "{ordinal} bigint GENERATED BY DEFAULT AS IDENTITY (CACHE 1000)) ON COMMIT DELETE ROWS"
-        ).format(staging=sql.Identifier("consumerd_staging"), target=target, ordinal=sql.Identifier(ORDINAL))
-        self._drop = [
-            sql.SQL("ALTER TABLE {} DROP COLUMN {} CASCADE").format(STAGING, sql.Identifier(name)) for name in unmapped
-        ]
+        self._names |= {
+            "picked": sql.SQL(", ").join(
+                sql.Identifier(name)
+                if name in key or name in changing
+                else sql.SQL(_FIRST).format(**self._names, name=sql.Identifier(name))
+                for name in names
+            ),
+            "latest": _latest(version),
+            "action": _action(changing, version),
+            "counts": self._counted(version),
+        }
+        self._counts = table.may_drop_rows and bool(changing)
 
-    async def prepare(self, conn: AsyncConnection[Any]) -> None:
-        """Make the session's staging table, with the mapped columns alone; an older one of this session goes."""
-        await conn.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(STAGING))
-        for statement in (self._prepare, *self._drop):
-            await conn.execute(statement)
-
-    def pack(self, rows: Sequence[tuple[Any, ...]], data: CopyData) -> CopyData:
-        """Add rows to the data of a COPY; where others are staged beside them, each with its position."""
-        if data.first is None:
-            return self._packer.add(data, rows)
-        return self._numbering_packer.add(data, ((*row, ordinal) for ordinal, row in enumerate(rows, data.first)))
-
-    async def write(self, conn: AsyncConnection[Any], data: CopyData) -> None:
-        """Write the newest row of each key, of those staged before too; halts when a trigger dropped some."""
-        if data.first is None and self._goes_straight():
-            if await self._all_were_new(conn, data):
-                self._next_detour = LEAST_DETOUR
-                return
-            self._take_detour()
-        await copy(conn, self._stage if data.first is None else self._stage_numbered, data)
-        names = {**self._names, "first": sql.Literal(data.first or 0)}
-        merged = (await conn.execute(sql.SQL(self._merge).format(**names))).rowcount
+    async def _merge(self, conn: AsyncConnection[Any], first: int, rows: int) -> int:  # noqa: ARG002 - none is left out
+        """Delete, and write the newest row of each key; halts when a trigger dropped some."""
+        names = {**self._names, "first": sql.Literal(first)}
+        if self._deletes:
+            await conn.execute(sql.SQL(_DELETE).format(**names))
+        names["rows"] = sql.SQL(_NOT_DELETED if self._deletes else _STAGED).format(**names)
+        names["newest"] = sql.SQL(_NEWEST).format(**names)
+        merged = (await conn.execute(sql.SQL(_MERGE).format(**names))).rowcount
         if self._counts:
-            ((keys,),) = await (await conn.execute(sql.SQL(self._count).format(**names))).fetchall()
+            ((keys,),) = await (await conn.execute(sql.SQL(_COUNT).format(**names))).fetchall()
             check_stored(merged, keys)
+        return 0
 
-    def _goes_straight(self) -> bool:
-        self._detour -= 1
-        return self._may_go_straight and self._detour < 0
+    def _counted(self, version: str | None) -> sql.Composable:
+        """Return what holds for rows that the merge must have stored; those that it passed over are locked by it."""
+        if version is None:
+            return sql.SQL("true")
+        not_lower = sql.SQL(_NOT_LOWER).format(version=sql.Identifier(version), row=sql.SQL("staged"))
+        return sql.SQL(_NOT_PASSED_OVER).format(**self._names, not_lower=not_lower)
 
-    def _take_detour(self) -> None:
-        if self._detour < 0:  # else another connection's write has failed just before
-            self._detour, self._next_detour = self._next_detour, min(MOST_DETOUR, 2 * self._next_detour)
 
-    async def _all_were_new(self, conn: AsyncConnection[Any], data: CopyData) -> bool:
-        """Copy rows straight into the table; False, with nothing written, when that is not the way for them."""
-        await conn.execute("SAVEPOINT consumerd_straight")
-        try:
-            await copy(conn, self._straight, data)
-        except (psycopg.IntegrityError, psycopg.NotSupportedError):  # of the latter, row-level security
-            await conn.execute("ROLLBACK TO SAVEPOINT consumerd_straight")
-            return False
-        except psycopg.errors.DeadlockDetected:  # rows were not sorted
-            self._take_detour()
-            raise
-        return True
+def _listed(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _latest(version: str | None) -> sql.Composed:
+    """Return the order in which the row that wins is a key's first."""
+    ordinal = sql.SQL("{} DESC").format(sql.Identifier(ORDINAL))
+    if version is None:
+        return ordinal
+    return sql.SQL("{} DESC NULLS LAST, {}").format(sql.Identifier(version), ordinal)
+
+
+def _action(changing: Sequence[str], version: str | None) -> sql.Composable:
+    """Return what ON CONFLICT does."""
+    if not changing:
+        return sql.SQL("NOTHING")
+    sets = sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name)) for name in changing)
+    if version is None:
+        return sql.SQL("UPDATE SET {}").format(sets)
+    not_lower = sql.SQL(_NOT_LOWER).format(version=sql.Identifier(version), row=sql.SQL("excluded"))
+    return sql.SQL("UPDATE SET {} WHERE {}").format(sets, not_lower)

@@ -89,7 +89,7 @@ class Stream:
         started = time.monotonic()
         for done in range(count):
             number = next(self._next)
-            value = poison(number) if number % POISON_EVERY == 0 else json.dumps(record(number)).encode()
+            key, value = self.message(number)
             partition = number % 1000 % self.partitions
 
             def delivered(error: KafkaError | None, message: Message, number: int = number) -> None:
@@ -98,7 +98,7 @@ class Stream:
 
             while True:
                 try:
-                    self._producer.produce(self.topic, value, str(number), partition=partition, on_delivery=delivered)
+                    self._producer.produce(self.topic, value, key, partition=partition, on_delivery=delivered)
                     break
                 except BufferError:
                     self._producer.poll(0.1)
@@ -106,6 +106,11 @@ class Stream:
             if per_second and (ahead := started + done / per_second - time.monotonic()) > 0:
                 self._producer.poll(ahead)
         self._producer.flush(30)
+
+    def message(self, number: int) -> tuple[bytes, bytes | None]:
+        """Return a record's key and value."""
+        good = json.dumps(record(number)).encode()
+        return str(number).encode(), good if number % POISON_EVERY else poison(number)
 
     @contextmanager
     def flowing(self, per_second: float) -> Iterator[None]:

@@ -184,7 +184,7 @@ def test_good_rows_land_and_bad_ones_are_letters(
     name = topic(config={"max.message.bytes": str(MAX_MESSAGE_BYTES)})
     execute(database, TABLE.format("t"))
     rows, refused = produce(kafka, name)
-    table: dict[str, Any] = {"name": "t", "write": write}
+    table: dict[str, Any] = {"name": "t", "write": write, "tombstones": "dead-letter"}
     if write == "upsert":
         execute(database, "CREATE UNIQUE INDEX ON t (id)")
         table["key"] = ["id"]

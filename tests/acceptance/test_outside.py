@@ -26,17 +26,15 @@ from tests.servers.sql import execute, locked
 TIMEOUT = 30  # seconds for anything that a test waits for
 MESSAGES = 10_000
 
-HALTS = ("table", "topic", "dead_letter", "breaker", "gap", "checkpoint", "kafka", "database", "bug")
+HALTS = ("table", "topic", "dead_letter", "poison", "breaker", "gap", "checkpoint", "kafka", "database", "bug")
+POISON = ("malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected")
 COUNTERS: dict[str, list[dict[str, str]]] = {
     "fenced_writes_total": [{}],
     "flushes_total": [{"reason": r} for r in ("messages", "bytes", "age", "pressure", "revoke", "drain", "tail")],
     "halts_total": [{"reason": reason} for reason in HALTS],
     "isolations_total": [{}],
-    "messages_dead_lettered_total": [
-        {"reason": reason}
-        for reason in ("malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected")
-    ],
-    "messages_skipped_total": [{"reason": "where"}],
+    "messages_dead_lettered_total": [{"reason": reason} for reason in POISON],
+    "messages_skipped_total": [{"reason": reason} for reason in ("where", "tombstone", "exists", *POISON)],
     "retries_total": [{"cause": cause} for cause in ("postgres", "kafka", "dead_letter")],
     "batch_messages_count": [{}],
     "batch_bytes_count": [{}],

@@ -113,7 +113,8 @@ def test_a_handler_that_ships_does_what_its_comment_says(
         conn.execute(table_sql.encode())
     name = topic(1, prefix=example.stem)
     text = re.sub(r"^topics = .*$", f'topics = ["{name}"]\ngroup_id = "{name}"', text, flags=re.MULTILINE)
-    run = daemon({example.stem: text})
+    modules = {path.name: path.read_text(encoding="utf-8") for path in example.parent.glob(f"{example.stem}.py")}
+    run = daemon({example.stem: text, **modules})
     send(kafka, name, message)
     (table,) = re.findall(r'^name = "(.*)"$', text, re.MULTILINE)
     row = only_row(database, table)

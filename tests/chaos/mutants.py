@@ -145,11 +145,7 @@ MUTANTS = (
     Mutant(
         name="upsert-keeps-first",
         breaks="P3: of a key's records in a batch the first wins",
-        changes=(
-            Change(
-                file="sinks/upsert.py", old='"ORDER BY {key}, {ordinal} DESC)', new='"ORDER BY {key}, {ordinal} ASC)'
-            ),
-        ),
+        changes=(Change(file="sinks/upsert.py", old='sql.SQL("{} DESC")', new='sql.SQL("{} ASC")'),),
     ),
     Mutant(
         name="checkpoint-ahead",
@@ -157,8 +153,8 @@ MUTANTS = (
         changes=(
             Change(
                 file="writer.py",
-                old="Move(partition=batch.partition, lease=lease, new=batch.next_offset,",
-                new="Move(partition=batch.partition, lease=lease, new=batch.next_offset + 1,",
+                old="                new=batch.next_offset,\n",
+                new="                new=batch.next_offset + 1,\n",
             ),
         ),
     ),

@@ -63,7 +63,8 @@ class Variant:
                 "group_id": group(topic, name),
                 "checkpoint": self.mode,
                 "max_connections": self.connections,
-                "table": {"name": name, "write": name} | ({"key": ["grp"]} if name == "upsert" else {}),
+                "table": {"name": name, "write": name, "tombstones": "dead-letter"}
+                | ({"key": ["grp"]} if name == "upsert" else {}),
                 "columns": {column: column for column in ("part", "seq", "grp", "amount", "label", "at", "doc")},
                 "batch": {"max_age": f"{self.max_age_ms}ms", "max_messages": self.max_messages},
                 "retry": {"initial": "50ms", "max": "2s"},

@@ -51,12 +51,12 @@ class Counted:
         """Pack."""
         return self._sink.pack(rows, data)
 
-    async def write(self, conn: Connection, data: CopyData) -> None:
+    async def write(self, conn: Connection, data: CopyData) -> int:
         """Write, and count."""
         self.writes += 1
         if self.before is not None:
             await self.before()
-        await self._sink.write(conn, data)
+        return await self._sink.write(conn, data)
 
 
 class Bench:
@@ -320,3 +320,17 @@ async def test_budget(bench: Bench) -> None:
     async with postgres.transaction(bench.conn, probe=True):
         refused, settled = await isolate(bench.conn, sink, rows, at_least=1500)
     assert 1500 < settled < 1510
+
+
+@pytest.mark.parametrize("write", ["append", "upsert"])
+async def test_rows_of_one_message_stay_together(bench: Bench, write: str) -> None:
+    """Where messages have several rows, one that is refused refuses its message's, and messages are what is counted."""
+    rows = good(1000)
+    starts = [start for start in range(1000) if start % 10 in {0, 1, 4}]  # one row, three and six, by turns
+    for bad in (4, 9, 500, 501, 999):
+        rows[bad] = (bad, "checked", bad, bad, None)
+    sink = bench.sinks[write]
+    await sink.prepare(bench.conn)
+    async with postgres.transaction(bench.conn, probe=True):
+        refused, settled = await isolate(bench.conn, sink, rows, starts=starts)
+    assert ([2, 150, 151, 299], 300) == (sorted(refused), settled)

@@ -11,7 +11,7 @@ from consumerd import catalog, postgres
 from consumerd.config import HandlerConfig, PostgresConfig
 from consumerd.encode import Encoder
 from consumerd.errors import Halt
-from consumerd.sinks import upsert
+from consumerd.sinks import staged
 from consumerd.sinks.copy import CopyData, CopyStatement, copy
 from consumerd.sinks.upsert import Upsert
 
@@ -52,8 +52,8 @@ async def test_new_keys_go_straight_into_the_table(database: str, monkeypatch: p
         ways.append("staged" if "consumerd_staging" in statement.query.as_string(conn) else "straight")
         await copy(conn, statement, data)
 
-    monkeypatch.setattr(upsert, "copy", seen)
-    monkeypatch.setattr(upsert, "LEAST_DETOUR", 1)
+    monkeypatch.setattr(staged, "copy", seen)
+    monkeypatch.setattr(staged, "LEAST_DETOUR", 1)
     expected: dict[int, str] = {}
 
     async def write(*rows: tuple[int, str]) -> list[str]:

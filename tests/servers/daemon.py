@@ -108,10 +108,14 @@ class Daemon:
 def write_config(
     folder: Path, config: Mapping[str, Any] | str, handlers: Mapping[str, Mapping[str, Any] | str]
 ) -> Path:
-    """Write ``consumerd.toml`` and ``handlers/NAME.toml``, strings as they are; return the path of the first."""
+    """Write ``consumerd.toml`` and ``handlers/NAME.toml``, strings as they are; return the path of the first.
+
+    A name that ends in ``.py`` is a module beside the handlers.
+    """
     (folder / "handlers").mkdir(parents=True, exist_ok=True)
     for name, handler in handlers.items():
-        (folder / "handlers" / f"{name}.toml").write_text(_toml(handler), encoding="utf-8")
+        file = name if name.endswith(".py") else f"{name}.toml"
+        (folder / "handlers" / file).write_text(_toml(handler), encoding="utf-8")
     path = folder / "consumerd.toml"
     path.write_text(_toml(config), encoding="utf-8")
     return path

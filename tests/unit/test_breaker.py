@@ -6,7 +6,7 @@ from consumerd.accumulator import Batch
 from consumerd.breaker import Breaker
 from consumerd.config import PoisonConfig
 from consumerd.errors import Halt, Refusal
-from consumerd.types import Message, TopicPartition
+from consumerd.types import Message, Tally, TopicPartition
 from tests.unit.test_accumulator import Fake
 
 CONFIG = PoisonConfig(max_ratio=0.1, window=60.0, min_messages=100)
@@ -154,3 +154,65 @@ def test_a_batch_that_outlives_the_window() -> None:
         breaker.judge(batch(100, 9), float(second))
     with pytest.raises(Halt, match="640 of the last 6100"):
         breaker.judge(batch(100, 100), 400.0)
+
+
+# What is kept beside the checkpoints.
+
+P, Q = TopicPartition("orders", 0), TopicPartition("orders", 1)
+
+
+def of(partition: TopicPartition, messages: int, refused: int) -> Batch:
+    """Make a batch of a partition."""
+    it = batch(messages, refused)
+    it.partition = partition
+    return it
+
+
+def test_a_restart_does_not_forget() -> None:
+    """What was counted of a partition is counted on by whoever has it next."""
+    before = Breaker(CONFIG)
+    before.judge(batch(90, 9), 100.0)
+    assert before.tally(P) == (90, 9, 0.0)
+    after = Breaker(CONFIG)
+    after.recall(P, before.tally(P), 0.0)
+    with pytest.raises(Halt, match="11 of the last 100"):
+        after.judge(batch(10, 2), 0.0)
+
+
+def test_tallies_are_the_partitions_own() -> None:
+    """Each partition's count is of its own batches, as they are now, and of those within the window."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(of(P, 100, 1), 0.0)
+    tried = of(Q, 50, 0)
+    breaker.judge(tried, 0.0)
+    tried.refused = refusals(3)
+    breaker.judge(tried, 0.0)
+    assert (breaker.tally(P)[:2], breaker.tally(Q)[:2]) == ((100, 1), (50, 3))
+    breaker.judge(of(Q, 200, 0), 61.0)
+    assert (breaker.tally(P)[:2], breaker.tally(Q)[:2]) == ((0, 0), (200, 0))
+
+
+def test_a_partition_that_goes_takes_its_count_along() -> None:
+    """What another member counts now is not counted here, and what comes back is counted once."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(of(P, 90, 9), 0.0)
+    breaker.judge(of(Q, 90, 0), 0.0)
+    gone = breaker.tally(P)
+    breaker.forget([P])
+    assert (breaker.tally(P)[:2], breaker.lacks(batch(0, 0))) == ((0, 0), 10)
+    for _ in range(2):
+        breaker.recall(P, gone, 1.0)
+    assert (breaker.tally(P)[:2], breaker.lacks(batch(0, 0))) == ((90, 9), 0)
+    with pytest.raises(Halt, match="20 of the last 191"):
+        breaker.judge(of(Q, 11, 11), 1.0)
+
+
+def test_what_is_recalled_ages() -> None:
+    """What was counted long ago is within the window only as long as there is not enough after it."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(of(Q, 60, 0), 100.0)
+    breaker.recall(P, Tally(1000, 100, 3600.0), 100.0)
+    breaker.judge(of(Q, 30, 0), 101.0)
+    assert breaker.tally(P)[:2] == (1000, 100)
+    breaker.judge(of(Q, 10, 0), 102.0)
+    assert (breaker.tally(P)[:2], breaker.tally(Q)[:2]) == ((0, 0), (100, 0))

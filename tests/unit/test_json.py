@@ -363,6 +363,9 @@ def test_a_name_that_json_must_escape() -> None:
 # A batch of messages.
 
 
+TABLE = {"name": "t", "write": "append", "tombstones": "dead-letter"}
+
+
 class Fake:
     """A message with a value."""
 
@@ -376,7 +379,7 @@ class Fake:
 
 def encoder(*columns: Column) -> Encoder:
     """Make the encoder of a handler without a mapping."""
-    data = {"name": "h", "path": Path("h.toml"), "topics": ["o"], "table": {"name": "t", "write": "append"}}
+    data = {"name": "h", "path": Path("h.toml"), "topics": ["o"], "table": TABLE}
     handler = HandlerConfig.model_validate(data, by_name=False, by_alias=True, context={"folder": Path("/etc")})
     return Encoder(Table(name="t", identifier="t", columns=columns, unique=(), fingerprint=""), handler)
 

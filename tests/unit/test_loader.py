@@ -198,13 +198,6 @@ def test_wrong_types_of_a_handler(folder: Path, line: str, told: str) -> None:
 UNSUPPORTED_LINES = [
     ("consumerd.toml", 'daemon.control = "/run/x"', "daemon.control: is"),
     ("consumerd.toml", 'log.format = "journal"', 'log.format: "journal" is'),
-    ("orders", 'transform.function = "a:b"', "transform: is"),
-    ("orders", 'table.update = ["a"]', "table.update: is"),
-    ("orders", 'table.version = "a"', "table.version: is"),
-    ("orders", 'table.tombstones = "delete"', "table.tombstones: is"),
-    ("orders", 'table.tombstone_key = { a = "@key" }', "table.tombstone_key: is"),
-    ("orders", 'table.write = "skip-existing"', 'table.write: "skip-existing" is'),
-    ("orders", 'poison.action = "halt"', "poison.action: is"),
     ("orders", "poison.error_text = true", "poison.error_text: is"),
 ]
 

@@ -508,7 +508,13 @@ DOC = Column(name="doc", oid=OIDS["jsonb"], typmod=-1, type_name="jsonb", not_nu
 
 def encoder(**config: object) -> Encoder:
     """Make the encoder of a handler."""
-    data = {"name": "h", "path": Path("h.toml"), "topics": ["o"], "table": {"name": "t", "write": "append"}, **config}
+    data = {
+        "name": "h",
+        "path": Path("h.toml"),
+        "topics": ["o"],
+        "table": {"name": "t", "write": "append", "tombstones": "dead-letter"},
+        **config,
+    }
     handler = HandlerConfig.model_validate(data, by_name=False, by_alias=True, context={"folder": Path("/etc")})
     return Encoder(Table(name="t", identifier="t", columns=(ID, AT, DOC), unique=(), fingerprint=""), handler)
 

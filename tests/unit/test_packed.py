@@ -10,7 +10,7 @@ import pytest
 
 from consumerd.accumulator import Accumulator, Batch, Bounds
 from consumerd.encode import TOMBSTONE
-from consumerd.errors import Halt, Refusal, Rejected
+from consumerd.errors import Halt, Refusal, Rejected, SkipReason
 from consumerd.kafka import PACKED_AT_ONCE, Chunk, ConsumerThread
 from consumerd.member import Member
 from consumerd.packed import Packed, joined
@@ -22,18 +22,21 @@ BAD = "x"
 
 @dataclass(eq=False)
 class Fake:
-    """A mapping of letters into their bytes, which finds a `!` undecodable and has no binary form for an `x`."""
+    """A mapping of letters into their bytes: a `!` cannot be decoded, a `-` is passed over, an `x` cannot be packed."""
 
     packs: list[str] = field(default_factory=list)
 
-    def pack(self, messages: Any, refused: dict[int, Refusal] | None = None) -> Packed:  # noqa: ANN401
+    def pack(self, messages: Any, refused: dict[int, Refusal] | None = None, _: object = ()) -> Packed:  # noqa: ANN401
         """Pack, and note what."""
         self.packs.append("".join(messages))
         known = {**(refused or {}), **{at: TOMBSTONE for at, message in enumerate(messages) if message == "!"}}
-        good = [message for at, message in enumerate(messages) if at not in known]
+        taken = [message for at, message in enumerate(messages) if at not in known]
+        good = [message for message in taken if message != "-"]
         if BAD in good:
             raise Rejected(TOMBSTONE, good.index(BAD))
-        return Packed(mapping=self, messages=len(messages), rows=len(good), data="".join(good).encode(), refused=known)
+        skipped: Counter[SkipReason] = Counter({"tombstone": len(taken) - len(good)})
+        data = "".join(good).encode()
+        return Packed(mapping=self, messages=len(messages), rows=len(good), data=data, refused=known, skipped=skipped)
 
 
 class Message(str):  # noqa: SLOT000 - it has an offset
@@ -111,6 +114,19 @@ def test_skipped() -> None:
     for it in (batch(*pieces, messages="abcde"), batch(*joined(pieces), messages="abcde")):
         assert put_together(mapping, it) == put_together(mapping, it) == (2, b"bd")
         assert it.skipped == {"where": 3}
+
+
+def test_passed_over() -> None:
+    """Messages that are passed over are counted, once however often the write is put together, of joined pieces too."""
+    mapping = Fake()
+    pieces = [mapping.pack("a-"), mapping.pack("-"), mapping.pack("b--")]
+    for it in (batch(*pieces, messages="a--b--"), batch(*joined(pieces), messages="a--b--")):
+        for _ in range(2):
+            assert put_together(mapping, it) == (2, b"ab")
+            assert it.skipped == {"tombstone": 4}
+    it = batch(Packed(messages=6), messages="a--b--")
+    assert put_together(mapping, it) == (2, b"ab")
+    assert it.skipped == {"tombstone": 4}
 
 
 def test_no_binary_form() -> None:

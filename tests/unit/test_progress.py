@@ -16,6 +16,7 @@ from consumerd.types import TopicPartition
 
 A, B = TopicPartition("orders", 0), TopicPartition("orders", 1)
 NOW = 1_000_000.0
+REASONS: tuple[PoisonReason, ...] = ("type", "type", "missing", "type")
 
 _names = (f"handler-{number}" for number in itertools.count())
 
@@ -242,7 +243,9 @@ def test_books(it: Progress) -> None:
     """A written batch counts its rows, its letters by reason, and moves the checkpoint."""
     it.leased(A, 100)
     it.consumed(A, 10)
-    it.written(written(10, first=100, refused=("type", "type", "range")), 0.1)
+    batch = written(10, first=100, refused=("type", "type", "range"))
+    batch.lettered = {0, 1, 2}
+    assert it.written(batch, 0.1) == 0
     assert (it.totals.consumed, it.totals.written) == (10, 7)
     assert it.totals.dead_lettered == {"type": 2, "range": 1}
     assert it.partitions[A].checkpoint == 110
@@ -257,11 +260,38 @@ def test_skipped(it: Progress) -> None:
     """What was skipped is no row; it is counted by reason."""
     it.leased(A, 100)
     batch = written(10, first=100, refused=("type",))
+    batch.lettered = {0}
     batch.skipped["where"] = 6
     it.written(batch, 0.1)
     assert (it.totals.written, it.status({})["skipped"]) == (3, {"where": 6})
     assert sample(it, "rows_written_total", topic="orders", partition="0") == 3.0
     assert sample(it, "messages_skipped_total", reason="where") == 6.0
+
+
+def test_books_of_what_is_skipped(it: Progress) -> None:
+    """What the handler passes over, poison and tombstones and what exists, is no row, and is counted by its reason."""
+    batch = written(10, refused=("type", "range"))
+    batch.lettered = {0}
+    batch.skipped.update(tombstone=3)
+    assert it.written(batch, 0.1, existing=2) == 2
+    assert it.totals.written == 3
+    assert it.totals.dead_lettered == {"type": 1}
+    assert it.totals.skipped == {"range": 1, "tombstone": 3, "exists": 2}
+    assert sample(it, "messages_skipped_total", reason="tombstone") == 3.0
+    assert sample(it, "messages_skipped_total", reason="encoding") == 0.0
+    assert it.written(written(4), 0.1, existing=7) == 4
+    assert it.totals.written == 3
+
+
+def test_what_is_passed_over_is_told(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    """Poison that is passed over has a line, with the last one's place, and tombstones have none."""
+    it.written(written(5, first=7, refused=("type", "type")), 0.1)
+    tombstones = written(5)
+    tombstones.skipped.update(tombstone=5)
+    it.written(tombstones, 0.1)
+    assert lines(caplog) == ["skipped"]
+    (told,) = [vars(record) for record in caplog.records]
+    assert (told["latest"], told["reasons"]) == ("orders:0@8", {"type": 2})
 
 
 def test_written_after_release(it: Progress) -> None:
@@ -281,11 +311,13 @@ def test_no_line_for_a_message(it: Progress, caplog: pytest.LogCaptureFixture) -
 
 def test_letters_are_told_at_intervals(it: Progress, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """A steady trickle of letters is one line for each interval, with all since the last line."""
-    it.written(written(2, refused=("type",)), 0.1)
-    it.written(written(2, refused=("type",)), 0.1)
-    it.written(written(2, refused=("missing",)), 0.1)
+    letters = [written(2, refused=(reason,)) for reason in REASONS]
+    for letter in letters:
+        letter.lettered = {0}
+    for letter in letters[:3]:
+        it.written(letter, 0.1)
     clock.now += LETTERS_INTERVAL
-    it.written(written(2, refused=("type",)), 0.1)
+    it.written(letters[3], 0.1)
     assert lines(caplog) == ["dead-lettered", "dead-lettered"]
     told: list[dict[str, Any]] = [vars(record) for record in caplog.records]
     assert [each["reasons"] for each in told] == [{"type": 1}, {"type": 2, "missing": 1}]

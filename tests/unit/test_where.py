@@ -319,7 +319,7 @@ def encoded(text: str, *bodies: bytes | None) -> tuple[list[Any], list[int], dic
         "name": "h",
         "path": Path("h.toml"),
         "topics": ["o"],
-        "table": {"name": "t", "write": "append"},
+        "table": {"name": "t", "write": "append", "tombstones": "dead-letter"},
         "where": text,
     }
     handler = HandlerConfig.model_validate(data, by_name=False, by_alias=True, context={"folder": Path("/etc")})

@@ -75,7 +75,7 @@ CREATE TABLE customers (
 
 ORDERS_HANDLER = """\
 topics = ["orders"]
-table = { name = "orders", write = "append" }
+table = { name = "orders", write = "append", tombstones = "dead-letter" }
 batch = { max_messages = 5_000 }    # small, so that the crash leaves much to do again
 
 [columns]
@@ -95,7 +95,7 @@ voucher = "voucher"
 
 CUSTOMERS_HANDLER = """\
 topics = ["orders"]
-table = { name = "customers", write = "upsert", key = ["customer_id"] }
+table = { name = "customers", write = "upsert", key = ["customer_id"], tombstones = "dead-letter" }
 batch = { max_messages = 5_000 }
 
 [columns]

@@ -41,9 +41,10 @@ class Sink:
         data.rows += len(rows)
         return data
 
-    async def write(self, conn: Any, data: Any) -> None:  # noqa: ANN401
+    async def write(self, conn: Any, data: Any) -> int:  # noqa: ANN401
         """Copy rows into the simulated table."""
         await conn.execute(database.COPY, list(ROW.iter_unpack(data.packed)))
+        return 0
 
 
 class TextCheckpoints(Checkpoints):

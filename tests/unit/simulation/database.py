@@ -429,7 +429,7 @@ class Database:
             row.epoch += "epoch + 1" in checkpoint._CLAIM
             self.world.on_claim(backend, key, row)
             fields = (row.topic_id, row.next_offset, row.max_offset, row.epoch, "orders", row.leader_epoch)
-            answer.append((*key, *fields))
+            answer.append((*key, *fields, 0, 0, 0.0))
         return answer
 
     def _advance(self, backend: Backend, values: Any) -> Generator[TopicPartition, None, Rows]:  # noqa: ANN401

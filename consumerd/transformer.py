@@ -1,0 +1,187 @@
+"""The transform of one handler: has batches transformed, wherever the function is called.
+
+A batch goes there in parts of some hundred messages, as many side by side as there are workers, and what came back
+stays with the batch: another try of the write does not call the function again. Whatever ends early (the function
+wants to try again later, a worker was lost, what came back is large) leaves the first part of a batch transformed.
+
+A call that does not come back within its deadline, or ends its process, is made again for its record alone. When that
+is lost as well the record is poison, but for the third in a row: then it is the function, and the handler halts. In a
+thread the first call that does not come back is a halt, for nobody can end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from consumerd.errors import Halt, Outage, Refusal
+from consumerd.runners import InProcess, InThread, Lost
+from consumerd.transform import ALL, NONE, Answer, Item, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from consumerd.accumulator import Batch
+    from consumerd.config import HandlerConfig
+    from consumerd.runners import Runner
+    from consumerd.transform import Outcome
+    from consumerd.types import Message
+
+log = logging.getLogger(__name__)
+
+PART_MESSAGES: Final = 1000
+"""Messages of one request, at most: a batch function has as many, and the interpreter is held for no longer."""
+PART_BYTES: Final = 1 << 20
+"""Bytes of values of one request, but for its first."""
+LOST_IN_A_ROW: Final = 3
+"""Records one after another whose calls did not come back, at which it is no record's fault."""
+
+
+class Transformer:
+    """What calls one handler's transform."""
+
+    def __init__(self, handler: HandlerConfig, most_bytes: int) -> None:
+        config = handler.transform
+        assert config is not None  # noqa: S101 - the caller's promise
+        self._handler, self._config, self._most_bytes = handler, config, most_bytes
+        where = InProcess if config.workers else InThread
+        self._runners: list[Runner] = [
+            where(config.function, handler.path.parent, config.timeout) for _ in range(max(1, config.workers))
+        ]
+        self._idle: asyncio.Queue[Runner] = asyncio.Queue()
+        self._lost_in_a_row = 0
+
+    async def start(self) -> None:
+        """Import the function, everywhere it is to be called; raises Halt with what to mend."""
+        first, *others = self._runners
+        await first.start()  # whose mistakes are the others' too
+        await asyncio.gather(*(runner.start() for runner in others))
+        for runner in self._runners:
+            self._idle.put_nowait(runner)
+
+    async def close(self) -> None:
+        """Let go of threads and processes."""
+        await asyncio.gather(*(runner.close() for runner in self._runners))
+
+    async def complete(self, batch: Batch) -> int:
+        """Transform what is not transformed of a batch, and return the bytes of what came back.
+
+        A batch whose values would take too much memory is left with its first part transformed. Raises Outage, with
+        the first part transformed, when the function wants to try again later; Halt for a mistake of the function.
+        """
+        size = sum(map(size_of, batch.outcomes))
+        while len(batch.outcomes) < len(batch.messages) and size <= self._most_bytes:
+            parts = self._parts(batch.messages[len(batch.outcomes) :])
+            answers = await asyncio.gather(*(self._answer(self._request(batch, part)) for part in parts))
+            for part, answer in zip(parts, answers, strict=True):
+                came = _merged(part, answer.outcomes)
+                batch.outcomes += came
+                size += sum(map(size_of, came))
+                if answer.retry is not None:
+                    raise Outage("transform", f"{self._config.function}: {answer.retry}")
+                if len(came) < len(part):
+                    break
+        return size
+
+    def _parts(self, messages: Sequence[Message]) -> list[list[Message]]:
+        """Cut the next messages into a part for each worker."""
+        workers = len(self._runners)
+        most = min(PART_MESSAGES, -(-len(messages) // workers))
+        parts: list[list[Message]] = [[]]
+        size = 0
+        for message in messages:
+            if len(parts[-1]) == most or (parts[-1] and size + len(message) > PART_BYTES):
+                if len(parts) == workers:
+                    break
+                parts.append([])
+                size = 0
+            parts[-1].append(message)
+            size += len(message)
+        return parts
+
+    @staticmethod
+    def _request(batch: Batch, messages: Sequence[Message]) -> Request:
+        items = [_item(message, value) for message in messages if (value := message.value())]
+        return Request(batch.partition.topic, batch.partition.partition, items)
+
+    async def _answer(self, request: Request, *, again: bool = False) -> Answer:
+        """Return what becomes of the first messages of a request, at least of one; raises Halt."""
+        if not request.items:
+            return Answer([])
+        try:
+            runner = await self._idle.get()
+            try:
+                answer = await runner.answer(request)
+            finally:
+                self._idle.put_nowait(runner)
+        except Lost as lost:
+            return await self._after(lost, request, again=again)
+        if answer.halt is not None:
+            raise Halt("transform", f"{self._config.function}: {answer.halt}")
+        if answer.outcomes:
+            self._lost_in_a_row = 0
+        return answer
+
+    async def _after(self, lost: Lost, request: Request, *, again: bool) -> Answer:
+        """Go on after a call that did not come back."""
+        at = max(lost.at, 0)
+        where = f"{request.topic}:{request.partition} offset {request.items[at].offset}"
+        if not self._config.workers:
+            raise Halt(
+                "transform",
+                f"{self._config.function} {lost} for {where}, and its thread cannot be ended: mend it, or raise "
+                f"`timeout` under [transform] in {self._handler.path}; with `workers` = 1 or more such a call is ended",
+            )
+        extra = {"handler": self._handler.name, "function": self._config.function, "how": str(lost), "at": where}
+        log.warning("a call of the transform did not come back", extra=extra)
+        if lost.at == NONE:
+            return Answer([], retry=str(lost))
+        if lost.at == ALL:
+            return await self._answer(msgspec.structs.replace(request, alone=True))
+        if lost.at > 0:  # those before it; it is the next one's first
+            return await self._answer(msgspec.structs.replace(request, items=request.items[: lost.at]))
+        if not again:
+            return await self._answer(msgspec.structs.replace(request, items=request.items[:1]), again=True)
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row >= LOST_IN_A_ROW:
+            raise Halt(
+                "transform",
+                f"{self._config.function} {lost} for {LOST_IN_A_ROW} messages one after another, the last of them "
+                f"{where}: mend it, or raise `timeout` under [transform] in {self._handler.path}",
+            )
+        message = f"{self._config.function} {lost}, and so again when it was tried alone"
+        return Answer([Refusal(reason="transform", stage="transform", error=lost.error, message=message)])
+
+
+def size_of(outcome: Outcome) -> int:
+    """Return the bytes of the values that were returned for a message."""
+    return sum(map(len, outcome)) if isinstance(outcome, tuple) else 0
+
+
+def _item(message: Message, value: bytes) -> Item:
+    kind, timestamp = message.timestamp()
+    return Item(
+        value=value,
+        offset=message.offset(),
+        timestamp=timestamp if kind else None,  # 0: not available
+        key=message.key(),
+        headers=message.headers() or [],
+    )
+
+
+def _merged(messages: Sequence[Message], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Put outcomes to their messages, None to those without a value; end where they end."""
+    rest = iter(outcomes)
+    merged: list[Outcome] = []
+    for message in messages:
+        if not message.value():
+            merged.append(None)
+            continue
+        outcome = next(rest, None)
+        if outcome is None:
+            break
+        merged.append(outcome)
+    return merged

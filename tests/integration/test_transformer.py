@@ -1,0 +1,297 @@
+"""Calls of a transform in a thread and in processes: in order, within a deadline, and none lost with its process."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import pytest
+
+from consumerd.accumulator import Batch
+from consumerd.config import HandlerConfig
+from consumerd.errors import Halt, Outage, Refusal
+from consumerd.packed import Packed
+from consumerd.runners import InProcess
+from consumerd.transformer import Transformer
+from consumerd.types import TopicPartition
+
+T = TypeVar("T")
+
+MODULE = """\
+import os, re, signal, time
+from consumerd.handler import Retry
+
+def transform(record):
+    what = record.get("what")
+    if what == "spin":
+        while True: pass
+    if what == "hold":  # the interpreter's lock, for about an hour
+        re.match(r"(a+)+$", "a" * 40 + "b")
+    if what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "exit":
+        os._exit(3)
+    if what == "once":  # its first call ends the process
+        if not os.path.exists(record["flag"]):
+            open(record["flag"], "w").close()
+            os._exit(4)
+    if what == "later" and not os.path.exists(record["flag"]):
+        raise Retry("not yet")
+    if what == "many":
+        return [{"n": record["n"], "text": "x" * 1000}] * 10
+    with open(LOG, "a") as log:
+        log.write(f"{record['n']} {os.getpid()}\\n")
+    return {"n": record["n"], "topic": record.topic, "offset": record.offset}
+
+def transform_batch(records):
+    return [transform(record) for record in records]
+"""
+
+
+@dataclass
+class Fake:
+    """A message."""
+
+    body: bytes | None
+    at: int
+
+    def __len__(self) -> int:
+        return len(self.body or b"")
+
+    def value(self) -> bytes | None:
+        """Give the value."""
+        return self.body
+
+    def offset(self) -> int:
+        """Give the offset."""
+        return self.at
+
+    def timestamp(self) -> tuple[int, int]:
+        """Give none."""
+        return 0, 0
+
+    def key(self) -> bytes:
+        """Give one."""
+        return b"k"
+
+    def headers(self) -> list[tuple[str, bytes | None]]:
+        """Give one."""
+        return [("h", None)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a module of transforms; it is forgotten after."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "work", raising=False)
+    (tmp_path / "work.py").write_text(f"LOG = {str(tmp_path / 'log')!r}\n{MODULE}")
+    return tmp_path
+
+
+def batch(count: int, **special: object) -> Batch:
+    """Make a batch of numbered records; those whose numbers are named have more in them."""
+    more = {int(name.removeprefix("at")): value for name, value in special.items()}
+    values: list[dict[str, Any]] = [{"n": n} | cast("dict[str, Any]", more.get(n, {})) for n in range(count)]
+    messages = [Fake(json.dumps(value).encode(), 100 + n) for n, value in enumerate(values)]
+    return Batch(
+        partition=TopicPartition("orders", 0),
+        first_offset=100,
+        next_offset=100 + count,
+        messages=cast("Any", messages),
+        size=0,
+        reason="age",
+        gathered_since=0.0,
+        packed=[Packed(messages=count)],
+    )
+
+
+def using(
+    folder: Path,
+    work: Callable[[Transformer], Awaitable[T]],
+    *,
+    workers: int,
+    function: str = "work:transform",
+    timeout: float = 1.0,
+    most_bytes: int = 1 << 20,
+) -> T:
+    """Start a transformer, use it, and close it."""
+    handler = HandlerConfig.model_validate(
+        {
+            "name": "orders",
+            "path": folder / "orders.toml",
+            "topics": ["orders"],
+            "table": {"name": "orders", "write": "append"},
+            "transform": {"function": function, "workers": workers, "timeout": f"{round(timeout * 1000)}ms"},
+        },
+        by_name=False,
+        by_alias=True,
+        context={"folder": folder},
+    )
+
+    async def use() -> T:
+        transformer = Transformer(handler, most_bytes)
+        try:
+            await transformer.start()
+            return await work(transformer)
+        finally:
+            await transformer.close()
+
+    return asyncio.run(use())
+
+
+def numbers(it: Batch) -> list[int | str]:
+    """Return what became of each message: its number, or why it was refused."""
+    return [
+        outcome.error if isinstance(outcome, Refusal) else json.loads((outcome or (b'{"n": null}',))[0])["n"]
+        for outcome in it.outcomes
+    ]
+
+
+@pytest.mark.parametrize("function", ["work:transform", "work:transform_batch"])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_batch_keeps_its_order(folder: Path, workers: int, function: str) -> None:
+    """What comes back is in the messages' order, however many call; messages without a value are left as they are."""
+    it = batch(5_000)
+    it.messages[7] = cast("Any", Fake(None, 107))
+    using(folder, lambda transformer: transformer.complete(it), workers=workers, function=function)
+    assert it.outcomes[7] is None
+    expected = [{"n": n, "topic": "orders", "offset": 100 + n} for n in range(5_000) if n != 7]
+    assert expected == [json.loads(outcome[0]) for outcome in it.outcomes if isinstance(outcome, tuple)]
+    callers = {line.split()[1] for line in (folder / "log").read_text().splitlines()}
+    assert (len(callers), str(os.getpid()) in callers) == ((1, True) if workers == 0 else (3, False))
+
+
+@pytest.mark.parametrize("function", ["work:transform", "work:transform_batch"])
+@pytest.mark.parametrize(
+    ("what", "error"), [("spin", "TimeoutError"), ("hold", "TimeoutError"), ("crash", "ChildProcessError")]
+)
+def test_a_record_that_does_not_come_back_is_refused(folder: Path, what: str, error: str, function: str) -> None:
+    """A record whose call outlasts the deadline or ends the process, alone too, is poison; all others come through."""
+    it = batch(50, at20={"what": what})
+    using(folder, lambda transformer: transformer.complete(it), workers=1, function=function)
+    assert [n if n != 20 else error for n in range(50)] == numbers(it)
+    refused = it.outcomes[20]
+    assert isinstance(refused, Refusal)
+    assert ("transform", "transform") == (refused.reason, refused.stage)
+    assert function in refused.message
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_record_may_be_lost_once(folder: Path, at: int) -> None:
+    """A call that ended its process is made again; a record that comes through then is no poison."""
+    it = batch(10, **{f"at{at}": {"what": "once", "flag": str(folder / "flag")}})
+    using(folder, lambda transformer: transformer.complete(it), workers=2)
+    assert list(range(10)) == numbers(it)
+
+
+def test_three_in_a_row_are_a_halt(folder: Path) -> None:
+    """When records one after another do not come back it is the function: a halt that names the last."""
+    it = batch(10, **{f"at{n}": {"what": "exit"} for n in range(10)})
+    with pytest.raises(Halt, match=r"ended with exit code 3 for 3 messages one after another.* orders:0 offset 102"):
+        using(folder, lambda transformer: transformer.complete(it), workers=1)
+
+
+def test_records_apart_are_no_halt(folder: Path) -> None:
+    """Records that do not come back, with good ones between them, are poison each."""
+    it = batch(10, **{f"at{n}": {"what": "exit"} for n in (0, 2, 4, 6)})
+    using(folder, lambda transformer: transformer.complete(it), workers=1)
+    assert [n if n not in {0, 2, 4, 6} else "ChildProcessError" for n in range(10)] == numbers(it)
+
+
+def test_a_thread_that_does_not_come_back_is_a_halt(folder: Path) -> None:
+    """Nobody can end a thread: the halt names the message, the limit and the way on."""
+    it = batch(10, at3={"what": "spin"})
+    with pytest.raises(Halt, match=r"did not return within 0\.5 s for orders:0 offset 103.*`timeout`.*`workers`"):
+        using(folder, lambda transformer: transformer.complete(it), workers=0, timeout=0.5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_retry_is_an_outage_and_nothing_is_called_twice(folder: Path, workers: int) -> None:
+    """Retry is told with the function and its sentence; the next try begins with the record that wanted it."""
+    flag = folder / "flag"
+    it = batch(10, at4={"what": "later", "flag": str(flag)})
+
+    async def twice(transformer: Transformer) -> None:
+        with pytest.raises(Outage, match="work:transform: not yet") as raised:
+            await transformer.complete(it)
+        assert ("transform", 4) == (raised.value.source, len(it.outcomes))
+        flag.touch()
+        await transformer.complete(it)
+
+    using(folder, twice, workers=workers)
+    assert list(range(10)) == numbers(it)
+    called = [int(line.split()[0]) for line in (folder / "log").read_text().splitlines()]
+    assert list(range(10)) == called
+
+
+def test_what_comes_back_is_bounded(folder: Path) -> None:
+    """A batch whose records become many is left with its first part transformed, within the bound and one part."""
+    it = batch(3_000, **{f"at{n}": {"what": "many"} for n in range(3_000)})
+    size = using(folder, lambda transformer: transformer.complete(it), workers=0, most_bytes=5 << 20)
+    assert 5 << 20 < size < 10 << 20
+    assert 0 < len(it.outcomes) < 3_000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("absent:transform", "there is no module absent"), ("work:absent", "has no function absent")],
+)
+def test_a_mistake_is_told_at_the_start(folder: Path, workers: int, function: str, words: str) -> None:
+    """What is wrong with a module is the same sentence from a thread and from a process."""
+    with pytest.raises(Halt, match=words):
+        using(folder, lambda transformer: transformer.complete(batch(1)), workers=workers, function=function)
+
+
+def test_an_import_that_ends_the_process_is_told(folder: Path) -> None:
+    """A module whose import ends its process is a sentence, and no process is started again and again."""
+    (folder / "ends.py").write_text("import os\nos._exit(5)\n")
+    with pytest.raises(Halt, match="the import of ends:transform ended its process: ended with exit code 5"):
+        using(folder, lambda transformer: transformer.complete(batch(1)), workers=1, function="ends:transform")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_import_that_never_ends_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """A module whose import takes too long is a sentence at the start."""
+    monkeypatch.setattr("consumerd.runners.START_TIMEOUT", 1.0)
+    (folder / "slow.py").write_text("import time\ntime.sleep(3600)\n")
+    with pytest.raises(Halt, match="the import of module slow takes longer than 1 s"):
+        using(folder, lambda transformer: transformer.complete(batch(1)), workers=workers, function="slow:transform")
+
+
+def test_a_cancelled_call_is_nobodys_answer(folder: Path) -> None:
+    """What a call that was given up answers is not taken for the next one's."""
+
+    async def give_up(runner: InProcess) -> list[int | str]:
+        await runner.start()
+        endless = batch(1, at0={"what": "spin"})
+        request = Transformer._request(endless, endless.messages)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(runner.answer(request), 0.3)
+        it = batch(2)
+        it.outcomes = (await runner.answer(Transformer._request(it, it.messages))).outcomes
+        await runner.close()
+        return numbers(it)
+
+    assert [0, 1] == asyncio.run(give_up(InProcess("work:transform", folder, 60.0)))
+
+
+def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
+    """Ctrl-C and systemd's SIGTERM reach the daemon's processes too: they go on, for the daemon needs them to drain."""
+
+    async def signalled(runner: InProcess) -> list[int | str]:
+        await runner.start()
+        assert runner._process is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            runner._process.send_signal(number)
+        it = batch(2)
+        it.outcomes = (await runner.answer(Transformer._request(it, it.messages))).outcomes
+        await runner.close()
+        return numbers(it)
+
+    assert [0, 1] == asyncio.run(signalled(InProcess("work:transform", folder, 60.0)))
