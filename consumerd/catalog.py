@@ -7,10 +7,12 @@ has changed meanwhile loads garbage without an error (seen: int8 into timestamp)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from psycopg import sql
+from psycopg.rows import dict_row
 
 from consumerd.errors import Halt
 
@@ -38,7 +40,7 @@ SUPPORTED: dict[int, str] = {
     3802: "jsonb",
 }
 """Types whose binary form is proven equal to INSERT with parameters by a property test; oid to name. Enums are text,
-and a domain is what it is over."""
+a domain is what it is over, and an array is what its elements are. Any other type goes by its text form."""
 
 TEXT, CHAR, VARCHAR, NUMERIC = 25, 1042, 1043, 1700
 """Oids of types that are treated apart."""
@@ -62,6 +64,23 @@ class Column:
     automatic: bool
     """Generated or identity: left to Postgres unless it is mapped by name."""
     has_default: bool = False
+    default: bytes | None = None
+    """Its default as JSON, where that is a literal and the column takes no NULL."""
+    always: Literal["", "identity", "expression"] = ""
+    """Which of the two makes its values, where it is GENERATED ALWAYS: none of ours belongs there."""
+    lacking: frozenset[str] = frozenset()
+    """Privileges that this role has neither on the column nor on the table."""
+    type_oid: int = 0
+    """The type's own, of a domain and an enum too: an array's binary form names it of its elements."""
+    element: Column | None = None
+    """Of an array: what its elements are, as if they were a column."""
+    delimiter: str = ","
+    """Of an array: what stands between two elements in its text form."""
+
+    @property
+    def by_text(self) -> bool:
+        """Whether its values go by the type's text form, as no binary one is proven."""
+        return self.oid not in SUPPORTED if self.element is None else self.element.by_text
 
     @property
     def max_length(self) -> int | None:
@@ -90,6 +109,12 @@ class Table:
     unique: tuple[frozenset[str], ...]
     """Columns of each unique index that can serve ON CONFLICT."""
     fingerprint: str
+    role: str = ""
+    """Who writes."""
+    lockable: bool = True
+    """The role may lock it: it has a privilege on the whole table."""
+    row_security: bool = False
+    """Policies apply to the role, for which Postgres refuses COPY into the table."""
     has_unique: bool = False
     """It has an index that ON CONFLICT DO NOTHING goes by, a partial one or one of expressions perhaps."""
     has_rules: bool = False
@@ -101,31 +126,70 @@ class Table:
         """Return the column of that name."""
         return next((column for column in self.columns if column.name == name), None)
 
+    @property
+    def lock(self) -> str:
+        """The statement that keeps the table as it is until the transaction ends, by the lock that a write takes.
+
+        The table alone: its partitions follow it, and thousands of locks have a price. LOCK TABLE wants a privilege on
+        the whole table; an INSERT that is planned, and not run, does with one on a column.
+        """
+        if self.lockable:
+            return f"LOCK TABLE ONLY {self.identifier} IN ROW EXCLUSIVE MODE"
+        granted = next(c.name for c in self.columns if "INSERT" not in c.lacking and not c.always)
+        column = sql.Identifier(granted).as_string()
+        return f"EXPLAIN INSERT INTO {self.identifier} ({column}) VALUES (DEFAULT)"  # noqa: S608 - quoted both
+
 
 FINGERPRINT = """\
-SELECT coalesce(string_agg(concat_ws(' ', attname, atttypid, atttypmod), ',' ORDER BY attnum), '')
+SELECT coalesce(string_agg(concat_ws(' ', attname, atttypid, atttypmod, CASE WHEN attnotnull AND atthasdef THEN
+    (SELECT md5(adbin::text) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) END
+), ',' ORDER BY attnum), '')
 FROM pg_catalog.pg_attribute WHERE attrelid = to_regclass({name}) AND attnum > 0 AND NOT attisdropped"""
+"""The default of a column that takes no NULL stands in for absent values."""
 
 _RELATION = """\
-SELECT c.oid::int8, c.relkind::text, c.relpersistence::text, n.nspname, c.relname,
-       quote_ident(n.nspname) || '.' || quote_ident(c.relname),
-       array(SELECT p FROM unnest(%(privileges)s::text[]) AS p WHERE NOT has_table_privilege(c.oid, p)),
-       has_schema_privilege(n.oid, 'USAGE'), current_user::text, c.relhasrules
+SELECT c.oid::int8, c.relkind::text, c.relpersistence::text,
+       quote_ident(n.nspname) || '.' || quote_ident(c.relname), quote_ident(n.nspname),
+       array(SELECT p FROM unnest(%(privileges)s::text[]) AS p WHERE NOT has_table_privilege(c.oid, p)
+             AND NOT (p IN ('INSERT', 'UPDATE') AND has_any_column_privilege(c.oid, p))),
+       has_schema_privilege(n.oid, 'USAGE'), current_user::text, c.relhasrules, row_security_active(c.oid),
+       has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass(%(name)s)"""
+"""What may be granted on columns is looked at column by column."""
 
-_COLUMNS = """\
-SELECT attname, CASE WHEN base.kind = 'e' THEN {text} ELSE base.oid::int8 END, base.typmod,
-       format_type(atttypid, atttypmod), attnotnull, attidentity <> '' OR attgenerated <> '', atthasdef, ({fingerprint})
-FROM pg_catalog.pg_attribute, LATERAL (
+_KINDS: Final = {
+    "v": "a view: name the table below it in `table.name`",
+    "m": "a materialized view, which Postgres fills itself: name a table in `table.name`",
+    "f": "a foreign table, whose rows would not be committed together with their checkpoint: name a table of this "
+    "database in `table.name`",
+}
+
+_BASE = """\
     WITH RECURSIVE below(oid, kind, next, next_typmod, typmod) AS (
-        SELECT oid, typtype, typbasetype, typtypmod, atttypmod FROM pg_catalog.pg_type WHERE oid = atttypid
+        SELECT oid, typtype, typbasetype, typtypmod, {typmod} FROM pg_catalog.pg_type WHERE oid = {type}
         UNION ALL
         SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod, below.next_typmod
         FROM below JOIN pg_catalog.pg_type t ON t.oid = below.next WHERE below.kind = 'd'
     )
-    SELECT oid, kind, typmod FROM below WHERE kind <> 'd'
-) base
+    SELECT CASE WHEN kind = 'e' THEN {text} ELSE oid::int8 END AS oid, typmod FROM below WHERE kind <> 'd'"""
+"""What a type is below its domains; an enum is text."""
+
+_COLUMNS = """\
+SELECT attname AS name, base.oid, base.typmod, format_type(atttypid, atttypmod) AS type_name, attnotnull AS not_null,
+       attidentity <> '' OR attgenerated <> '' AS automatic, atthasdef AS has_default,
+       CASE WHEN attidentity = 'a' THEN 'identity' WHEN attgenerated <> '' THEN 'expression' ELSE '' END AS always,
+       array(SELECT p FROM unnest('{{INSERT,UPDATE}}'::text[]) AS p
+             WHERE NOT has_column_privilege(attrelid, attnum, p)) AS lacking,
+       e.oid::int8 AS element_type, e.typdelim::text AS delimiter, format_type(e.oid, base.typmod) AS element_name,
+       below.oid AS element_oid, below.typmod AS element_typmod,
+       (SELECT pg_get_expr(adbin, adrelid) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum)
+       AS expression, format_type(atttypid, -1) AS cast_to, ({fingerprint}) AS fingerprint
+FROM pg_catalog.pg_attribute
+CROSS JOIN LATERAL ({base}) AS base
+LEFT JOIN pg_catalog.pg_type a ON a.oid = base.oid
+LEFT JOIN pg_catalog.pg_type e ON e.oid = a.typelem AND e.typarray = a.oid
+LEFT JOIN LATERAL ({element}) AS below ON true
 WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
 """Columns and fingerprint come of one statement: of two, the second may see another table than the first."""
 
@@ -135,6 +199,18 @@ SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
        i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL
 FROM pg_catalog.pg_index i
 WHERE i.indrelid = %s::oid AND (i.indisunique OR i.indisexclusion) AND i.indimmediate AND i.indisvalid"""
+
+_PARTITIONS_APART = """\
+SELECT c.oid::regclass::text, c.relkind = 'f'
+FROM pg_partition_tree(%s::oid) JOIN pg_catalog.pg_class c ON c.oid = relid
+WHERE c.relkind = 'f' OR c.relpersistence <> 'p' ORDER BY 1"""
+"""Partitions whose rows do not share the checkpoint's fate."""
+
+_LITERAL: Final = re.compile(
+    r"""\(?('([^']|'')*'|-?[0-9]+(\.[0-9]+)?|true|false|ARRAY\[\])\)?"""
+    r"""(::[A-Za-z_"][\w ."]*(\([0-9, ]+\))?[\w ]*(\[\])?)?"""
+)
+"""A default that is one value, whenever it is looked at: no function, no sequence, nothing in two steps."""
 
 
 def fingerprint_query(name: str) -> sql.Composed:
@@ -153,15 +229,17 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
     """Read a table from the catalog; raises Halt with what to type when it cannot be written to.
 
     `name` is resolved as psql does: unquoted parts are folded to lower case, without a schema the search path is used.
+    INSERT and UPDATE may be granted on columns; which of them, their columns tell.
     """
     cursor = await conn.execute(_RELATION, {"name": name, "privileges": list(privileges)})
     row = await cursor.fetchone()
     if row is None:
         where = "" if "." in name else " (without a schema it is looked up along search_path)"
         raise Halt("table", f"table {name} does not exist{where}: create it, or correct `table.name`")
-    oid, kind, persistence, _, _, identifier, missing, schema_usage, role, has_rules = row
+    oid, kind, persistence, identifier, schema, missing, schema_usage, role, has_rules, secured, lockable = row
     if kind not in "rp":
-        raise Halt("table", f"{name} is not a table: only tables and partitioned tables are written to")
+        what = _KINDS.get(kind, "not a table: only tables and partitioned tables are written to")
+        raise Halt("table", f"{name} is {what}")
     if persistence != "p":
         raise Halt(
             "table",
@@ -170,14 +248,11 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         )
     if missing or not schema_usage:
         grants = [f"GRANT {', '.join(missing)} ON {identifier} TO {role};"] if missing else []
-        grants += [] if schema_usage else [f"GRANT USAGE ON SCHEMA {identifier.split('.')[0]} TO {role};"]
+        grants += [] if schema_usage else [f"GRANT USAGE ON SCHEMA {schema} TO {role};"]
         raise Halt("table", f"role {role} lacks privileges on {name}; type: {' '.join(grants)}")
-    query = sql.SQL(_COLUMNS).format(fingerprint=fingerprint_query(name), oid=sql.Literal(oid), text=sql.Literal(TEXT))
-    rows = await (await conn.execute(query)).fetchall()
-    columns = tuple(
-        Column(name=n, oid=o, typmod=m, type_name=t, not_null=nn, automatic=a, has_default=d)
-        for n, o, m, t, nn, a, d, _ in rows
-    )
+    for part, foreign in await (await conn.execute(_PARTITIONS_APART, [oid])).fetchall():
+        raise Halt("table", f"partition {part} of {name} {_apart(part, identifier, foreign=foreign)}")
+    columns, fingerprint = await _columns(conn, name, oid)
     indexes = await (await conn.execute(_UNIQUE, [oid])).fetchall()
     triggers = await (await conn.execute(_BEFORE_TRIGGERS, {"oid": oid})).fetchall()
     return Table(
@@ -186,7 +261,79 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         columns=columns,
         unique=tuple(frozenset(names) for names, plain in indexes if plain),
         has_unique=bool(indexes),
+        fingerprint=fingerprint,
+        role=role,
+        lockable=lockable,
+        row_security=secured,
         has_rules=has_rules,
         may_drop_rows=bool(triggers),
-        fingerprint=rows[0][-1] if rows else "",
     )
+
+
+def _apart(part: str, identifier: str, *, foreign: bool) -> str:
+    if foreign:
+        return (
+            "is a foreign table, whose rows would not be committed together with their checkpoint; type: "
+            f"ALTER TABLE {identifier} DETACH PARTITION {part};"
+        )
+    return f"is unlogged: a crash would empty it and keep the checkpoint; type: ALTER TABLE {part} SET LOGGED;"
+
+
+async def _columns(conn: AsyncConnection[Any], name: str, oid: int) -> tuple[tuple[Column, ...], str]:
+    """Return the columns of a table and its fingerprint, both as of one moment."""
+    text = sql.Literal(TEXT)
+    base = {"type": sql.SQL("atttypid"), "typmod": sql.SQL("atttypmod"), "text": text}
+    element = {"type": sql.SQL("e.oid"), "typmod": sql.SQL("base.typmod"), "text": text}
+    query = sql.SQL(_COLUMNS).format(
+        fingerprint=fingerprint_query(name),
+        oid=sql.Literal(oid),
+        base=sql.SQL(_BASE).format(**base),
+        element=sql.SQL(_BASE).format(**element),
+    )
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        rows = await (await cursor.execute(query)).fetchall()
+    columns = [_column(row) for row in rows]
+    defaults = {
+        at: sql.SQL("to_json(CAST({} AS {}))::text").format(sql.SQL(row["expression"]), sql.SQL(row["cast_to"]))
+        for at, row in enumerate(rows)
+        if _stands_in(columns[at], row["expression"])
+    }
+    if defaults:
+        query = sql.SQL("SELECT {}").format(sql.SQL(", ").join(defaults.values()))
+        for at, value in zip(defaults, await (await conn.execute(query)).fetchone() or (), strict=True):
+            columns[at] = replace(columns[at], default=value and value.encode())
+    return tuple(columns), rows[0]["fingerprint"] if rows else ""
+
+
+def _column(row: dict[str, Any]) -> Column:
+    element = None
+    if row["element_type"] is not None:
+        element = Column(
+            name=row["name"],
+            oid=row["element_oid"],
+            typmod=row["element_typmod"],
+            type_name=row["element_name"],
+            type_oid=row["element_type"],
+            not_null=False,
+            automatic=False,
+        )
+    return Column(
+        name=row["name"],
+        oid=row["oid"],
+        typmod=row["typmod"],
+        type_name=row["type_name"],
+        not_null=row["not_null"],
+        automatic=row["automatic"],
+        has_default=row["has_default"],
+        always=row["always"],
+        lacking=frozenset(row["lacking"]),
+        element=element,
+        delimiter=row["delimiter"] or ",",
+    )
+
+
+def _stands_in(column: Column, default: str | None) -> bool:
+    """Whether a default is one value, for a column that takes no NULL and whose values JSON can hold."""
+    if default is None or not column.not_null or column.automatic or column.by_text:
+        return False
+    return _LITERAL.fullmatch(default) is not None

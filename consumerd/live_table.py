@@ -72,7 +72,7 @@ class Mapping:
             return Packed(messages=len(messages))
         refused = dict(refused or {})
         rows = self.rows(messages, refused, outcomes)
-        data = CopyData(packed=bytearray())
+        data = CopyData()
         self.sink.pack(rows.rows, data)
         return Packed(
             mapping=self,

@@ -51,7 +51,7 @@ SETTINGS_TIMEOUT = 5.0
 
 BEGIN = """\
 BEGIN ISOLATION LEVEL READ COMMITTED;
-SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO';
+SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, MDY'; SET LOCAL IntervalStyle = 'postgres';
 SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                                         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)"""
 
@@ -68,6 +68,15 @@ OWN_WORDS = {"ProcessInterrupts", "DeadLockReport"}
 """Functions of the server whose messages (cancelled, timed out, deadlock) hold no value, whatever the context. Their
 SQLSTATEs would not do: a trigger may raise those with words of its own."""
 
+ROW_POLICIES = {"ExecWithCheckOptions"}
+"""The server's function that holds a row against the policies of its table; its SQLSTATE is also that of a privilege
+that is missing."""
+
+WORDS = {"42601", "42602", "42704", "42883", "42P01"}
+"""SQLSTATEs by which some types' input functions (tsquery, ltree, regclass) refuse words. Of a statement they would say
+that it is wrong; where COPY's context names a column, and no function before it, they speak of the value in that."""
+
+_COPY_COLUMN = re.compile(r"COPY .*, line \d+, column ")
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
 
@@ -241,10 +250,10 @@ def translate(  # noqa: PLR0911 - one for each meaning
             return Outage("postgres", f"the connection to Postgres was lost: {_one_line(error)}")
         return Halt("bug", f"psycopg: {_one_line(error)}")
     step = next_step(state)
-    if state == "23514" and error.diag.constraint_name is None and error.diag.table_name:
-        # A partition is missing, the row is not wrong. A trigger that raises the same names no table.
-        name = f"{error.diag.schema_name}.{error.diag.table_name}"
-        return Halt("table", f"no partition of {name} takes a row of this write: attach one (a default one takes all)")
+    if state == "42501" and error.diag.source_function in ROW_POLICIES:
+        return Rejected(_refusal(error, state), _row(error))
+    if state in WORDS and _COPY_COLUMN.match(error.diag.context or ""):
+        return Rejected(_refusal(error, state), _row(error))
     if state == "42501":
         return Halt("table", f"Postgres: {_one_line(error)} (SQLSTATE {state}): grant it to role {conn.info.user}")
     match step:
@@ -268,6 +277,11 @@ def _refusal(error: psycopg.Error, state: str) -> Refusal:
         for label, value in (("constraint", error.diag.constraint_name), ("column", error.diag.column_name))
         if value
     ]
+    if state == "23514" and error.diag.constraint_name is None and error.diag.table_name:
+        # A trigger that raises the same names no table.
+        details = [f"no partition of {error.diag.schema_name}.{error.diag.table_name} takes it"]
+    if state == "42501":
+        details = ["by a row-level security policy"]
     return Refusal(
         reason="rejected",
         stage="write",

@@ -238,8 +238,7 @@ class Writer:
             for batch, lease in work
         ]
         table = mapping.table
-        lock = f"LOCK TABLE {table.identifier} IN ROW EXCLUSIVE MODE"
-        return [self._member.checkpoints.advance(moves), (lock, None), (fingerprint_query(table.name), None)]
+        return [self._member.checkpoints.advance(moves), (table.lock, None), (fingerprint_query(table.name), None)]
 
     async def _isolate(self, batch: Batch, lease: Lease, mapping: Mapping, named: int | None) -> None:
         """Find the rows that Postgres refuses and add them to the batch's refusals; write nothing."""

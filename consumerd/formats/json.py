@@ -19,7 +19,19 @@ import msgspec
 
 from consumerd.errors import ConfigError, Poison
 from consumerd.formats import epoch
-from consumerd.formats.values import ABSENT, FORMS, JSON, JSONB_VERSION, Field, annotation, default_of, pick, refusal
+from consumerd.formats.values import (
+    ABSENT,
+    FORMS,
+    JSON,
+    JSONB_VERSION,
+    Field,
+    annotation,
+    default_of,
+    kept,
+    pick,
+    raw_default,
+    refusal,
+)
 from consumerd.paths import Path, shown
 
 _NULL: Final = b"null"
@@ -155,10 +167,8 @@ class Compiler:
             return UNREAD[:1] if self._required(index) else UNREAD
         self._note(index, pick(entry, source, self.names, index), guards)
         kind = annotation(column)
-        if column.oid in FORMS:
-            default = self.defaults[index]
-            raw = msgspec.Raw(_NULL if default is None else default[len(FORMS[column.oid]) :])
-            return (kind,) if self._required(index) else (kind, raw)
+        if kept(column):
+            return (kind,) if self._required(index) else (kind, raw_default(entry))
         if not column.not_null:
             kind |= None
         return (kind,) if self._required(index) else (kind, self.defaults[index])

@@ -3,7 +3,7 @@
 The value's fields are decoded as in `formats/json.py`; what is read beside them stands in the same comprehension.
 
 A header, a text key and the topic are text, and go into a column as a JSON string would; where a column takes no string
-(numbers, booleans, json), or has a unit, the text is read as JSON. Bytes go into bytea as they are.
+(numbers, booleans, json, arrays), or has a unit, the text is read as JSON. Bytes go into bytea as they are.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _text(entry: Field) -> Callable[[bytes], Any]:
     if column.oid in TEXTS:
         return _string(column)
     document = _document(entry, ())
-    if column.oid in READ_AS_JSON or entry.unit is not None:
+    if column.oid in READ_AS_JSON or column.element is not None or entry.unit is not None:
         return document
     return lambda data: document(msgspec.json.encode(data.decode()))
 

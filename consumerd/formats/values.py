@@ -12,7 +12,9 @@ import json
 import math
 import re
 import uuid
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import msgspec
@@ -53,6 +55,11 @@ DOUBLE_DIGITS: Final = 300
 MAX_NUMERIC_DIGITS: Final = 131072
 """Digits that Postgres's numeric holds before the point. Without the check a JSON number of twelve characters,
 `1e999999999`, would be expanded to a gigabyte of zeros."""
+
+MIDNIGHT: Final = "00:00:00"
+
+MAX_DIMENSIONS: Final = 6
+"""Of an array, in Postgres (MAXDIM)."""
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `|$)", re.DOTALL)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
@@ -132,8 +139,15 @@ TYPES: dict[int, Any] = {
 """What a value must be for a column, by the type's oid; ranges included."""
 
 
+def kept(column: Column) -> bool:
+    """Whether a value's bytes are kept as they were sent, for `reader` to make the row's of them."""
+    return column.oid in FORMS or column.element is not None or column.by_text
+
+
 def annotation(column: Column) -> Any:  # noqa: ANN401 - a type form
     """Return the type that decodes a column's value, but for null."""
+    if kept(column):
+        return msgspec.Raw
     if column.max_length is not None:
         return Annotated[str, msgspec.Meta(max_length=column.max_length)]
     return TYPES[column.oid]
@@ -142,23 +156,37 @@ def annotation(column: Column) -> Any:  # noqa: ANN401 - a type form
 def pick(entry: Field, source: str, names: dict[str, Any], index: int) -> str:
     """Return the expression that makes a decoded value the row's; `v` is the message's value."""
     column = entry.column
-    if column.oid in FORMS:
+    if kept(column):
         otherwise = "None"
         if column.not_null:
             names[f"missing{index}"] = _missing(column.name)
             otherwise = f"missing{index}()"
-        form = "version" if column.oid == JSONB else "plain"
-        return f"({form} + {source} if {source} != null else {otherwise})"
-    if column.oid == NUMERIC:
-        names[f"numeric{index}"] = _numeric(entry)
-        return f"numeric{index}({source}, v)"
-    if column.oid == DOUBLE:
-        names[f"zero{index}"] = _zero(entry)
-        return f"({source} or zero{index}({source}, v))"
-    if column.oid in {REAL, TIME}:
-        names[f"checked{index}"] = _real(entry) if column.oid == REAL else _time(entry)
-        return f"checked{index}({source}, v)"
-    return source
+        if column.oid in FORMS:
+            form = "version" if column.oid == JSONB else "plain"
+            return f"({form} + {source} if {source} != null else {otherwise})"
+        names[f"read{index}"] = reader(column)
+        return f"(read{index}({source}) if {source} != null else {otherwise})"
+    if column.oid not in CHECKS:
+        return source
+    names[f"checked{index}"] = CHECKS[column.oid](entry)
+    unless = f"{source} or " if column.oid == DOUBLE else ""
+    return f"({unless}checked{index}({source}, v))"
+
+
+def reader(column: Column) -> Callable[[bytes], Any]:
+    """Return what makes the row's value of one JSON value that is not null, given as its bytes alone."""
+    if column.oid in FORMS:
+        form = FORMS[column.oid]
+        return lambda raw: form + raw
+    if column.element is not None:
+        return _Array(column, column.element)
+    if column.by_text:
+        return _words(column)
+    decode = msgspec.json.Decoder(annotation(column)).decode
+    if column.oid not in CHECKS:
+        return decode
+    check = CHECKS[column.oid](Field(column=column, path=()))
+    return lambda raw: check(decode(raw), raw)
 
 
 def default_of(entry: Field) -> Any:  # noqa: ANN401 - of the column's type
@@ -166,13 +194,88 @@ def default_of(entry: Field) -> Any:  # noqa: ANN401 - of the column's type
     if entry.default is ABSENT:
         return None
     column = entry.column
-    if column.oid in FORMS:
-        return FORMS[column.oid] + msgspec.json.encode(entry.default)
     try:
-        value = msgspec.convert(entry.default, annotation(column))
-        return _numeric(entry)(value, b"") if column.oid == NUMERIC else value
-    except (msgspec.ValidationError, Poison) as error:
+        return reader(column)(msgspec.json.encode(entry.default))
+    except (ValueError, Poison) as error:
         raise ConfigError(f"columns.{column.name}.default does not fit {column.type_name}: {error}") from error
+
+
+def own_default(column: Column) -> Any:  # noqa: ANN401 - a default, or ABSENT
+    """Return the table's own default of a column, where it is a literal and JSON can hold it."""
+    if column.default is not None:
+        with suppress(ValueError, Poison):
+            reader(column)(column.default)
+            return msgspec.Raw(column.default)
+    return ABSENT
+
+
+def raw_default(entry: Field) -> msgspec.Raw:
+    """Return what an absent value is read as, where its bytes are kept."""
+    return msgspec.Raw(b"null" if entry.default is ABSENT else msgspec.json.encode(entry.default))
+
+
+def _words(column: Column) -> Callable[[bytes], str]:
+    """Return what reads a value for a type that goes by its text form: the type's own input function judges it."""
+    decode = msgspec.json.Decoder(str).decode
+
+    def words(raw: bytes) -> str:
+        sent = bytes(raw)
+        if sent[:1] in {b"{", b"["}:
+            raise Poison(refuse("type", "an object or an array where a string is needed", column.name))
+        return decode(sent) if sent[:1] == b'"' else sent.decode()
+
+    return words
+
+
+class _Array:
+    """Reads an array, each element as if it came for a column of its own."""
+
+    def __init__(self, column: Column, element: Column) -> None:
+        self._column = column.name
+        self._split = msgspec.json.Decoder(list[msgspec.Raw]).decode
+        self._read = reader(element)
+        self._nests = element.oid not in FORMS
+        """Whether an array in it is one more dimension; of JSON it is an element."""
+        self._flat: Callable[[bytes], list[Any]] | None = None
+        if not kept(element) and element.oid not in CHECKS:
+            self._flat = msgspec.json.Decoder(GenericAlias(list, (annotation(element) | None,))).decode
+
+    def __call__(self, raw: bytes) -> list[Any]:
+        """Return the elements; in lists of their own where there are more dimensions than one."""
+        with suppress(msgspec.ValidationError):  # nested, or refused, which is told below
+            if self._flat is not None:
+                return self._flat(raw)
+        try:
+            found = self._items(raw, 1)
+        except msgspec.ValidationError as error:
+            raise Poison(replace(refusal(error), column=self._column)) from error
+        if 0 in self._lengths(found)[1:]:
+            raise self._refused("an empty array within an array")
+        return found
+
+    def _items(self, raw: bytes, depth: int) -> list[Any]:
+        return [self._item(bytes(each), depth) for each in self._split(raw)]
+
+    def _item(self, sent: bytes, depth: int) -> Any:  # noqa: ANN401 - of the element's type, or a list
+        if sent == b"null":
+            return None
+        if sent[:1] != b"[" or not self._nests:
+            return self._read(sent)
+        if depth == MAX_DIMENSIONS:
+            raise self._refused(f"an array of more than {MAX_DIMENSIONS} dimensions")
+        return self._items(sent, depth + 1)
+
+    def _lengths(self, value: object) -> tuple[int, ...]:
+        """Return the length of each dimension; raises Poison where it differs."""
+        if not isinstance(value, list):
+            return ()
+        below = {self._lengths(each) for each in value}
+        if len(below) > 1:
+            raise self._refused("arrays within an array that differ in length or depth")
+        return (len(value), *(below.pop() if below else ()))
+
+    def _refused(self, text: str) -> Poison:
+        return Poison(refuse("type", text, self._column))
 
 
 def _numeric(entry: Field) -> Callable[[decimal.Decimal | None, bytes], decimal.Decimal | None]:
@@ -205,7 +308,7 @@ def _zero(entry: Field) -> Callable[[float | None, bytes], float | None]:
     """Return a check for a zero that was a number too small for a double; a look at the message where that may be."""
 
     def zero(value: float | None, message: bytes) -> float | None:
-        if value is not None and (b"e-" in message or b"E-" in message or len(message) > DOUBLE_DIGITS):
+        if value == 0 and (b"e-" in message or b"E-" in message or len(message) > DOUBLE_DIGITS):
             mantissa = _literal(message, entry.path).lower().partition("e")[0]
             if any(digit in mantissa for digit in "123456789"):
                 raise Poison(refuse("range", "a number too small for double precision", entry.column.name))
@@ -224,7 +327,7 @@ def _real(entry: Field) -> Callable[[float | None, bytes], float | None]:
         if abs(value) <= LARGEST_ZERO_REAL:
             raise Poison(refuse("range", "a number too small for real", entry.column.name))
         if _half_way(value):
-            sent = decimal.Decimal(_literal(message, entry.path))
+            sent = decimal.Decimal(_literal(message, entry.path) or value)  # a default is checked beforehand
             if sent != decimal.Decimal(value):
                 value = math.nextafter(value, math.copysign(math.inf, sent - decimal.Decimal(value)))
             if abs(value) >= LEAST_INFINITE_REAL:
@@ -248,7 +351,7 @@ def _time(entry: Field) -> Callable[[dt.time | None, bytes], dt.time | None]:
     """Return a check for midnight, which a time may have become by rounding a fraction finer than microseconds."""
 
     def time(value: dt.time | None, message: bytes) -> dt.time | None:
-        if value == dt.time.min and not _literal(message, entry.path).startswith("00:00:00"):
+        if value == dt.time.min and not (_literal(message, entry.path) or MIDNIGHT).startswith(MIDNIGHT):
             raise Poison(refuse("range", "a time that is rounded to the next day", entry.column.name))
         return value
 
@@ -264,6 +367,15 @@ def _literal(message: bytes, path: Path) -> str:
         else:
             found = found.get(step) if isinstance(found, dict) else None
     return found if isinstance(found, str) else ""
+
+
+CHECKS: Final[dict[int, Callable[[Field], Callable[[Any, bytes], Any]]]] = {
+    NUMERIC: _numeric,
+    REAL: _real,
+    DOUBLE: _zero,
+    TIME: _time,
+}
+"""What is looked at beyond the type, by the type's oid: makes a function of a value and of the bytes that it is in."""
 
 
 def _missing(column: str) -> Callable[[], NoReturn]:

@@ -21,8 +21,8 @@ class Append:
     """Rows are never updated: what a unique index refuses is a dead letter."""
 
     def __init__(self, table: Table, columns: tuple[Column, ...]) -> None:
-        self._packer = Packer(column.oid for column in columns)
-        self._statement = copy_statement(sql.SQL(table.identifier), (column.name for column in columns))
+        self._packer = Packer(columns)
+        self._statement = copy_statement(sql.SQL(table.identifier), columns)
 
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Need nothing."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
+from consumerd.catalog import Column
 from consumerd.sinks.copy import Packer, copy, copy_statement
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from consumerd.catalog import Column, Table
+    from consumerd.catalog import Table
     from consumerd.sinks.copy import CopyData
 
 STAGING = sql.Identifier("pg_temp", "consumerd_staging")
 ORDINAL, DELETES = "consumerd_ordinal", "consumerd_deletes"
-BOOLEAN_OID, BIGINT_OID = 16, 20
+_ORDINAL = Column(name=ORDINAL, oid=20, typmod=-1, type_name="bigint", not_null=True, automatic=True)
+_DELETES = Column(name=DELETES, oid=16, typmod=-1, type_name="boolean", not_null=True, automatic=True)
 LEAST_DETOUR, MOST_DETOUR = 16, 1024
 """Writes by the staging table until the straight way is tried again, twice as many after each that failed: what one
 leaves behind in the table is for vacuum."""
@@ -60,13 +62,13 @@ class Staged(ABC):
     def __init__(
         self, table: Table, columns: tuple[Column, ...], *, straight: bool, key: tuple[str, ...] = (), deletes: bool
     ) -> None:
-        names, oids = [column.name for column in columns], [column.oid for column in columns]
-        staged = [*names, DELETES] if deletes else names
-        oids += [BOOLEAN_OID] if deletes else []
+        names = [column.name for column in columns]
+        staged = (*columns, _DELETES) if deletes else columns
+        numbered = (*staged, _ORDINAL)
         target = sql.SQL(table.identifier)
-        self._packer, self._numbering_packer = Packer(oids), Packer([*oids, BIGINT_OID])
-        self._stage, self._stage_numbered = copy_statement(STAGING, staged), copy_statement(STAGING, [*staged, ORDINAL])
-        self._straight = copy_statement(target, names)
+        self._packer, self._numbering_packer = Packer(staged), Packer(numbered)
+        self._stage, self._stage_numbered = copy_statement(STAGING, staged), copy_statement(STAGING, numbered)
+        self._straight = copy_statement(target, columns)
         self._detour = 0
         """Writes until the straight way is tried again."""
         self._next_detour = LEAST_DETOUR

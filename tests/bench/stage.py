@@ -15,7 +15,7 @@ from confluent_kafka import Producer
 from consumerd.catalog import Column
 from consumerd.formats.json import decoder
 from consumerd.formats.values import Field
-from consumerd.sinks.copy import TRAILER, CopyData, Packer
+from consumerd.sinks.copy import SIGNATURE, TRAILER, CopyData, Packer
 from tests.servers.kafka import KafkaServer
 from tests.servers.postgres import PostgresServer
 
@@ -73,13 +73,13 @@ class Shape:
         ]
         decode = decoder(tuple(Field(column=column, path=(column.name,)) for column in columns))
         rows = iter(decode(self.value(number) for number in range(first, first + count * step, step)))
-        oids = [column.oid for column in columns]
         data = CopyData()
         if ordinal:
-            Packer([*oids, 23]).add(data, ((*row, at) for at, row in enumerate(rows)))
+            number = Column(name="at", oid=23, typmod=-1, type_name="integer", not_null=True, automatic=False)
+            Packer([*columns, number]).add(data, ((*row, at) for at, row in enumerate(rows)))
         else:
-            Packer(oids).add(data, rows)
-        return bytes(data.packed + TRAILER)
+            Packer(columns).add(data, rows)
+        return bytes(SIGNATURE + data.packed + TRAILER)
 
 
 SIX = Shape()

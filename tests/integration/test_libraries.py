@@ -11,8 +11,9 @@ from psycopg._copy_base import format_row_binary
 from psycopg.adapt import Transformer
 from psycopg.pq import Format
 
+from consumerd.catalog import Column
 from consumerd.formats.values import refusal
-from consumerd.sinks.copy import SIGNATURE, CopyData, Packer
+from consumerd.sinks.copy import CopyData, Packer
 
 INT4, INT8, TEXT, JSONB = 23, 20, 25, 3802
 
@@ -122,6 +123,7 @@ def test_psycopgs_private_row_formatter_packs() -> None:
 
 
 def test_the_packer_passes_jsonb_on_as_bytes() -> None:
-    """Bytes go through the same formatter unchanged, behind COPY's signature."""
-    expected = SIGNATURE + b"\x00\x01" + b"\x00\x00\x00\x03\x01[]"
-    assert expected == bytes(Packer([JSONB]).add(CopyData(), [(b"\x01[]",)]).packed)
+    """Bytes go through the same formatter unchanged."""
+    column = Column(name="v", oid=JSONB, typmod=-1, type_name="jsonb", not_null=False, automatic=False)
+    expected = b"\x00\x01" + b"\x00\x00\x00\x03\x01[]"
+    assert expected == bytes(Packer([column]).add(CopyData(), [(b"\x01[]",)]).packed)

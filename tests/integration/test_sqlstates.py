@@ -11,9 +11,10 @@ import pytest_asyncio
 from psycopg import AsyncConnection
 
 from consumerd import postgres
+from consumerd.catalog import Column
 from consumerd.config import PostgresConfig
 from consumerd.errors import Cancelled, ConsumerdError, Halt, Outage, Rejected, TableChanged
-from consumerd.sinks.copy import TRAILER, CopyData, Packer
+from consumerd.sinks.copy import SIGNATURE, TRAILER, CopyData, Packer
 from tests.servers.process import free_port
 
 SECRET = "Swordfish"
@@ -64,7 +65,7 @@ CASES = {
     "unique": Case("23505", Rejected, "INSERT INTO t (id, short) VALUES (1, 'Swordfish')"),
     "check": Case("23514", Rejected, "INSERT INTO t (id, checked) VALUES (2, 'Swordfish!')"),
     "check of a domain": Case("23514", Rejected, "INSERT INTO domained VALUES (3)"),
-    "no partition for the row": Case("23514", Halt, "INSERT INTO parted VALUES ('Swordfish')"),
+    "no partition for the row": Case("23514", Rejected, "INSERT INTO parted VALUES ('Swordfish')"),
     "exclusion": Case("23P01", Rejected, "INSERT INTO t (id, span) VALUES (2, '[2,3)')"),
     "index row too large": Case(
         "54000",
@@ -126,7 +127,8 @@ async def run(conn: AsyncConnection[object], *statements: str) -> None:
 
 def packed(oids: Sequence[int], rows: Sequence[tuple[object, ...]]) -> bytes:
     """Return rows as the data of a COPY."""
-    return bytes(Packer(oids).add(CopyData(), rows).packed + TRAILER)
+    columns = [Column(name="", oid=oid, typmod=-1, type_name="", not_null=False, automatic=False) for oid in oids]
+    return bytes(SIGNATURE + Packer(columns).add(CopyData(), rows).packed + TRAILER)
 
 
 async def copy(conn: AsyncConnection[object], columns: str, data: bytes | bytearray) -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
 
 from consumerd import catalog, postgres
 from consumerd.config import HandlerConfig, PostgresConfig
 from consumerd.encode import Encoder
 from consumerd.errors import Halt
 from consumerd.sinks import staged
-from consumerd.sinks.copy import CopyData, copy
+from consumerd.sinks.copy import CopyData, CopyStatement, copy
 from consumerd.sinks.upsert import Upsert
 
 Row = tuple[Any, ...]
@@ -49,8 +48,8 @@ async def test_new_keys_go_straight_into_the_table(database: str, monkeypatch: p
     conn = await postgres.connect(PostgresConfig(dsn=database), "test")
     ways: list[str] = []
 
-    async def seen(conn: psycopg.AsyncConnection[Any], statement: sql.Composed, data: CopyData) -> None:
-        ways.append("staged" if "consumerd_staging" in statement.as_string(conn) else "straight")
+    async def seen(conn: psycopg.AsyncConnection[Any], statement: CopyStatement, data: CopyData) -> None:
+        ways.append("staged" if "consumerd_staging" in statement.query.as_string(conn) else "straight")
         await copy(conn, statement, data)
 
     monkeypatch.setattr(staged, "copy", seen)

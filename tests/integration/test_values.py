@@ -1,16 +1,15 @@
-"""Binary COPY and INSERT with parameters store the same value, or both refuse it: for every type, values at random.
+"""COPY and INSERT with parameters store the same value, or both refuse it: for every type, values at random.
 
-Each draw is a JSON text. It goes through the real path (catalog, decode, pack, binary COPY), and beside it the decoded
-Python value by INSERT with a text parameter, which Postgres parses itself; and the JSON's own words by INSERT, so that
-the decode changes nothing either. All runs in transactions that are rolled back. Draws are the same in each run.
+Each draw is a JSON text. It goes through the real path (catalog, decode, pack, COPY: binary where the type has such a
+form, and once more beside a column that makes all of its table go by text), and beside it the decoded Python value by
+INSERT with a text parameter, which Postgres parses itself; and the JSON's own words by INSERT, so that the decode
+changes nothing either. All runs in transactions that are rolled back. Draws are the same in each run.
 """
 
 import asyncio
-import base64
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -18,172 +17,32 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict
 
 from consumerd import catalog, postgres
+from consumerd.catalog import Column
 from consumerd.config import PostgresConfig
 from consumerd.errors import Poison, Refusal, Rejected
 from consumerd.formats.json import decoder
 from consumerd.formats.values import Field, refusal
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
+from tests.integration.draws import KINDS, OTHER, TYPES
+from tests.integration.words import array_of, stricter, words_of
+from tests.servers.sql import execute
 
 EXAMPLES = 80
+INTERVAL = 1186
 SAME = """\
-SELECT c.{v} IS NOT DISTINCT FROM i.{v}, c.v::text IS NOT DISTINCT FROM i.v::text,
-       c.{v} IS NOT DISTINCT FROM w.{v}, c.v::text IS NOT DISTINCT FROM w.v::text, c.v::text, i.v::text, w.v::text
-FROM copied c, inserted i, worded w"""
+SELECT c.{v} IS NOT DISTINCT FROM i.{v} AND c.v::text IS NOT DISTINCT FROM i.v::text
+   AND c.{v} IS NOT DISTINCT FROM w.{v} AND c.v::text IS NOT DISTINCT FROM w.v::text
+   AND c.{v} IS NOT DISTINCT FROM t.{v} AND c.v::text IS NOT DISTINCT FROM t.v::text,
+   c.v::text, t.v::text, i.v::text, w.v::text
+FROM copied c, texted t, inserted i, worded w"""
+NO_EQUALITY = {"json", "json[]", "jsonpath", "point", "box", "box[]"}
+"""Types of which Postgres compares no two as a whole."""
 STORED, REFUSED = "stored", "refused"
-
-INTEGERS = st.one_of(
-    st.integers(),
-    st.builds(lambda power, near: 2**power + near, st.sampled_from([15, 31, 63, 64]), st.integers(-2, 2)),
-    st.builds(lambda power, near: -(2**power) + near, st.sampled_from([15, 31, 63, 64]), st.integers(-2, 2)),
-).map(str)
-DECIMALS = st.from_regex(r"-?(0|[1-9][0-9]{0,25})(\.[0-9]{1,25})?([eE][+-]?[0-9]{1,3})?", fullmatch=True)
-HUGE = st.from_regex(r"-?[0-9]([eE][+-]?[0-9]{1,11})", fullmatch=True)
-FLOATS = st.floats(allow_nan=False, allow_infinity=False).map(repr)
-TEXTS = st.one_of(
-    st.text(max_size=12),
-    st.text("a é\u0000😀", min_size=3, max_size=8),
-    st.text("ab ", min_size=4, max_size=7),
-)
-DIGITS = st.text("0123456789.eE+- ", max_size=8)
-SPECIAL = st.sampled_from(
-    ["NaN", "-NaN", "sNaN", "Infinity", "-Infinity", "inf", "true", "null", "", " ", "\t1\n", "0x10"]
-)
-TIMES = st.builds(
-    lambda day, clock, fraction, zone: f"{day}T{clock}{fraction}{zone}",
-    st.one_of(st.dates().map(str), st.sampled_from(["0001-01-01", "9999-12-31", "0000-01-01", "10000-01-01"])),
-    st.from_regex(r"([01][0-9]|2[0-4]):[0-5][0-9]:([0-5][0-9]|60)", fullmatch=True),
-    st.from_regex(r"(\.[0-9]{1,6})?", fullmatch=True),
-    # Postgres reads offsets up to 15:59 (test_offsets_of_a_day has the rest).
-    st.sampled_from(["Z", "z", "+00:00", "-00:00", "+05:30", "-15:59", "+14:00", "", "+00"]),
-)
-DATES = st.one_of(
-    st.dates().map(str), st.sampled_from(["0001-01-01", "0000-01-01", "2020-1-1", "2020-02-30", "infinity"])
-)
-CLOCKS = st.builds(
-    lambda clock, fraction, zone: f"{clock}{fraction}{zone}",
-    st.from_regex(r"([01][0-9]|2[0-4]):[0-5][0-9]:([0-5][0-9]|60)", fullmatch=True),
-    st.from_regex(r"(\.[0-9]{1,6})?", fullmatch=True),
-    st.sampled_from(["", "", "", "Z", "+01:00"]),
-)
-BASE64 = st.one_of(
-    st.binary(max_size=9).map(lambda data: base64.b64encode(data).decode()), st.text("AQ/+=_- ", max_size=6)
-)
-REALS = st.one_of(
-    st.floats(width=32, allow_nan=False, allow_infinity=False).map(repr),
-    st.floats(width=32, allow_nan=False, allow_infinity=False).map(lambda real: repr(real * (1 + 2**-24))),
-)
-UUIDS = st.one_of(st.uuids().map(str), st.uuids().map(lambda u: u.hex), st.uuids().map(lambda u: f"{{{u}}}".upper()))
-ANY_JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXTS),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
-    max_leaves=8,
-)
-JSON_TEXTS = st.one_of(
-    ANY_JSON.map(json.dumps),
-    ANY_JSON.map(lambda value: json.dumps(value, ensure_ascii=False, indent=1)),
-    st.sampled_from(['{"a":1,"a":2}', "[1.50,1e2,-0,-0.0]", "[1e-16384]", "[1e131072]", '"\\ud83d\\ude00"', '"\\/"']),
-    st.integers(1, 1200).map(lambda depth: "[" * depth + "]" * depth),
-)
-
-
-def quoted(texts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    """Make JSON strings of texts."""
-    return st.one_of(texts.map(json.dumps), texts.map(lambda text: json.dumps(text, ensure_ascii=False)))
-
-
-NUMBERS = st.one_of(INTEGERS, DECIMALS, HUGE, FLOATS)
-NUMERICS = st.one_of(NUMBERS, DECIMALS, quoted(DECIMALS), quoted(DIGITS), quoted(SPECIAL))
-STRINGS = quoted(TEXTS)
-OTHER = st.one_of(JSON_TEXTS, NUMBERS, STRINGS, quoted(SPECIAL))
-
-KINDS: dict[str, st.SearchStrategy[str]] = {
-    "boolean": st.sampled_from(["true", "false", "null", '"true"', "0", "1"]),
-    "smallint": NUMBERS,
-    "integer": NUMBERS,
-    "bigint": NUMBERS,
-    "real": st.one_of(NUMBERS, REALS),
-    "double precision": NUMBERS,
-    "numeric": NUMERICS,
-    "numeric(10,2)": NUMERICS,
-    "numeric(2,5)": NUMERICS,
-    "numeric(4,-2)": NUMERICS,
-    "text": STRINGS,
-    "character varying": STRINGS,
-    "character varying(4)": STRINGS,
-    "character(4)": STRINGS,
-    "character": STRINGS,
-    "bytea": quoted(BASE64),
-    "date": quoted(DATES),
-    "time without time zone": quoted(CLOCKS),
-    "time(2) without time zone": quoted(CLOCKS),
-    "timestamp without time zone": quoted(TIMES),
-    "timestamp(3) without time zone": quoted(TIMES),
-    "timestamp with time zone": quoted(TIMES),
-    "timestamp(3) with time zone": quoted(TIMES),
-    "timestamp(0) with time zone": quoted(TIMES),
-    "uuid": quoted(UUIDS),
-    "jsonb": JSON_TEXTS,
-    "json": JSON_TEXTS,
-    "mood": STRINGS | st.sampled_from(['"sad"', '"so so"', '"Sad"', '"sad "', '""']),
-    "whole": INTEGERS,
-    "short": STRINGS,
-    "money_of_ours": DECIMALS | quoted(DECIMALS),
-}
-TYPES = """
-CREATE TYPE mood AS ENUM ('sad', 'so so', '');
-CREATE DOMAIN whole AS integer CHECK (value >= 0);
-CREATE DOMAIN name_of_ours AS varchar(4);
-CREATE DOMAIN short AS name_of_ours NOT NULL CHECK (value <> '');
-CREATE DOMAIN money_of_ours AS numeric(6, 2);
-"""
-"""An enum, domains, and a domain over another."""
-
-RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:?\d\d)")
-LOCAL = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?")
-
-
-def stricter(type_name: str, literal: str) -> str | None:
-    """Return the rule by which the decode refuses a value that Postgres, reading the JSON's words, might take."""
-    family = type_name.removesuffix(" with time zone").removesuffix(" without time zone").partition("(")[0]
-    zoned = not type_name.endswith(" without time zone")
-    value = json.loads(literal, parse_int=str, parse_float=str) if len(literal) < 500 else None
-    string = value if literal.startswith('"') and isinstance(value, str) else None
-    rules = {
-        "only a string goes into text": family in {"text", "character varying", "character"} and string is None,
-        "of a varchar(n)'s length trailing blanks count": family in {"character varying", "character", "short"}
-        and (string or "").endswith(" "),
-        "a string is no integer, float or boolean": family
-        in {"smallint", "integer", "bigint", "real", "double precision", "boolean"}
-        and string is not None,
-        "a number with a point or an exponent is no integer": family in {"smallint", "integer", "bigint"}
-        and re.search("[.eE]", literal) is not None,
-        "only true and false are boolean": family == "boolean" and literal not in {"true", "false"},
-        "a numeric is finite": family in {"numeric", "money_of_ours"}
-        and re.search("nan|inf", string or "", re.IGNORECASE) is not None,
-        "a numeric in a string has decimal digits": family in {"numeric", "money_of_ours"}
-        and (string or "").startswith("0x"),
-        "a timestamp is a string as in RFC 3339, with its offset": family == "timestamp"
-        and (string is None or not (RFC_3339 if zoned else LOCAL).fullmatch(string)),
-        "a timestamp's year is 1 to 9999, after rounding too": family == "timestamp"
-        and (string or "")[:5] in {"0000-", "9999-", "10000"},
-        "no leap second, no hour 24": family == "timestamp" and re.search(r":60|T24:", string or "") is not None,
-        "a uuid has 32 digits, with hyphens or without, no braces": family == "uuid" and "{" in (string or "{"),
-        "bytes are sent as base64": type_name == "bytea",
-        "a date is YYYY-MM-DD": type_name == "date" and not re.fullmatch(r"\d{4}-\d\d-\d\d", string or ""),
-        "the year is 1 to 9999": type_name == "date" and (string or "").startswith("0000"),
-        "a time is HH:MM:SS, with a fraction, before midnight": family.startswith("time")
-        and not re.fullmatch(r"([01]\d|2[0-3]):\d\d:[0-5]\d(\.\d+)?", string or ""),
-        "a time is before midnight when it is rounded": family == "time"
-        and (string or "").startswith("23:59:59.999999"),
-        "only a string is an enum's label, or text of a domain": type_name in {"mood", "short"} and string is None,
-        "a string is no integer of a domain": type_name == "whole"
-        and (string is not None or "." in literal or "e" in literal.lower()),
-        "JSON is nested less than 1,000 levels": literal.count("[") > 900 or literal.count("{") > 900,
-    }
-    return next((rule for rule, applies in rules.items() if applies), None)
+Copy = Callable[["Bench", tuple[Any, ...]], Awaitable[str]]
 
 
 class Bench:
@@ -194,6 +53,8 @@ class Bench:
         (self.column,) = table.columns
         self._decode = decoder((Field(column=self.column, path=("v",)),))
         self._sink = Append(table, table.columns)
+        by_text = Column(name="beside", oid=INTERVAL, typmod=-1, type_name="interval", not_null=False, automatic=False)
+        self._text_sink = Append(replace(table, identifier="texted"), (*table.columns, by_text))
 
     @classmethod
     async def open(cls, dsn: str, type_name: str) -> "Bench":
@@ -201,8 +62,9 @@ class Bench:
         conn = await postgres.connect(PostgresConfig(dsn=dsn), "test")
         if await (await conn.execute("SELECT to_regtype('mood') IS NULL")).fetchone() == (True,):
             await conn.execute(TYPES)
-        for name in ("copied", "inserted", "worded"):
+        for name in ("copied", "texted", "inserted", "worded"):
             await conn.execute(f"DROP TABLE IF EXISTS {name}; CREATE TABLE {name} (v {type_name})")
+        await conn.execute("ALTER TABLE texted ADD beside interval")
         return cls(conn, await catalog.load(conn, "copied", ("INSERT",)))
 
     def decode(self, literal: str) -> tuple[Any, ...] | Refusal:
@@ -215,13 +77,20 @@ class Bench:
 
     async def copy(self, row: tuple[Any, ...]) -> str:
         """COPY a row under a savepoint; the only error allowed is a refusal of the row."""
+        return await self._copy(self._sink, row)
+
+    async def copy_by_text(self, row: tuple[Any, ...]) -> str:
+        """COPY a row in text form."""
+        return await self._copy(self._text_sink, (*row, None))
+
+    async def _copy(self, sink: Append, row: tuple[Any, ...]) -> str:
         try:
-            data = self._sink.pack([row], CopyData())
+            data = sink.pack([row], CopyData())
         except Rejected:
             return REFUSED
         try:
             async with self.conn.transaction():
-                await self._sink.write(self.conn, data)
+                await sink.write(self.conn, data)
         except psycopg.Error as error:
             meaning = postgres.translate(error, self.conn)
             assert isinstance(meaning, Rejected), meaning
@@ -235,20 +104,16 @@ class Bench:
                 await self.conn.execute(f"INSERT INTO {table} VALUES (%t)", [value])
         except (psycopg.errors.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.IntegrityError):
             return REFUSED
+        except (psycopg.errors.SyntaxError, psycopg.errors.InvalidName, psycopg.errors.UndefinedTable):
+            assert self.column.by_text  # as tsquery and regclass say of words that they do not read
+            return REFUSED
         return STORED
 
     def words(self, literal: str) -> str | None:
         """Return what one would write into an INSERT for a JSON value: a string's content, else the JSON itself."""
-        if self.column.type_name in {"json", "jsonb"}:
-            return literal
-        if self.column.type_name == "bytea" and isinstance(value := json.loads(literal), str):
-            try:
-                return "\\x" + base64.b64decode(value, validate=True).hex()
-            except ValueError:
-                return None
-        if literal in {"null", "-0"}:
-            return {"null": None, "-0": "0"}[literal]  # a whole number's zero has no sign; -0.0 keeps it
-        return str(json.loads(literal)) if literal.startswith('"') else literal
+        if self.column.element is not None and literal.startswith("["):
+            return array_of(self.column.element, self.column.delimiter, literal)
+        return words_of(self.column, literal)
 
     async def difference(self, literal: str) -> str | None:
         """Hold the ways together for one JSON value; say how they differ."""
@@ -257,21 +122,37 @@ class Bench:
 
     async def _difference(self, literal: str) -> str | None:
         decoded = self.decode(literal)
-        if self.column.type_name in {"json", "jsonb"} and literal == "null":
+        if literal == "null":
             return None if decoded == (None,) else "JSON's null is not SQL's"
         worded = await self.insert("worded", self.words(literal))
         if isinstance(decoded, Refusal):
             taken = worded == STORED and not stricter(self.column.type_name, literal)
             return f"decode refuses ({decoded.message}) what INSERT takes" if taken else None
         (value,) = decoded
-        if self.column.type_name in {"json", "jsonb"} and value is not None:
-            value = value.decode().removeprefix("\x01")
-        ways = (await self.copy(decoded), await self.insert("inserted", value), worded)
+        if self.column.type_name.removesuffix("[]") in {"json", "jsonb"}:
+            value = as_json(value)
+        if self.column.delimiter != ",":
+            value = self.words(literal)  # psycopg does not know of it
+        ways = (
+            await self.copy(decoded),
+            await self.copy_by_text(decoded),
+            await self.insert("inserted", value),
+            worded,
+        )
+        if ways == (REFUSED, REFUSED, REFUSED, STORED) and stricter(self.column.type_name, literal):
+            return None
         if len(set(ways)) > 1:
-            return "COPY {}, INSERT {}, INSERT of the JSON's words {}".format(*ways)
-        value = "v::text" if self.column.type_name == "json" else "v"  # json has no equality
-        cursor = await self.conn.execute(SAME.format(v=value).encode())
-        return next((str(row[4:]) for row in await cursor.fetchall() if not all(row[:4])), None)
+            return "COPY {}, COPY by text {}, INSERT {}, INSERT of the JSON's words {}".format(*ways)
+        same = SAME.format(v="v::text" if self.column.type_name in NO_EQUALITY else "v")
+        cursor = await self.conn.execute(same.encode())
+        return next((str(row[1:]) for row in await cursor.fetchall() if not row[0]), None)
+
+
+def as_json(value: Any) -> Any:  # noqa: ANN401 - text, or a list of it
+    """Return JSON's text of its binary form, each element's of a list."""
+    if isinstance(value, list):
+        return [None if each is None else as_json(each) for each in value]
+    return value.decode().removeprefix("\x01")
 
 
 @contextmanager
@@ -357,7 +238,8 @@ def test_bounds(database: str) -> None:
     assert differences == []
 
 
-def test_offsets_of_a_day(database: str) -> None:
+@pytest.mark.parametrize("copy", [Bench.copy, Bench.copy_by_text], ids=["binary", "text"])
+def test_offsets_of_a_day(database: str, copy: Copy) -> None:
     """A timestamp's offset of up to a day, which Postgres's own parser would refuse, gives the right instant."""
     with bench(database, "timestamp with time zone") as (runner, it):
 
@@ -366,8 +248,33 @@ def test_offsets_of_a_day(database: str) -> None:
                 for literal in ('"2020-01-01T00:00:00+23:59"', '"2020-01-01T00:00:00-23:59"'):
                     decoded = it.decode(literal)
                     assert not isinstance(decoded, Refusal)
-                    assert await it.copy(decoded) == STORED
-                cursor = await it.conn.execute("SELECT v::text FROM copied ORDER BY v")
+                    assert await copy(it, decoded) == STORED
+                table = "copied" if copy is Bench.copy else "texted"
+                cursor = await it.conn.execute(f"SELECT v::text FROM {table} ORDER BY v")
                 return [text for (text,) in await cursor.fetchall()]
 
         assert runner.run(stored()) == ["2019-12-31 00:01:00+00", "2020-01-01 23:59:00+00"]
+
+
+@pytest.mark.parametrize(
+    ("type_name", "literal", "expected"),
+    [
+        ("interval", '"-1 day 02:03:04"', "-1 days +02:03:04"),
+        ("daterange", '"[01/02/2020,03/04/2020]"', "[2020-01-02,2020-03-05)"),
+        ("tstzrange", '"[2020-01-01 00:00,)"', '["2020-01-01 00:00:00+00",)'),
+    ],
+)
+def test_a_databases_defaults_change_no_value(database: str, type_name: str, literal: str, expected: str) -> None:
+    """Words mean what they mean in Postgres as it comes, whatever styles a database or a role has for its own."""
+    for style in ("IntervalStyle = 'sql_standard'", "DateStyle = 'SQL, DMY'", "TimeZone = 'Asia/Tokyo'"):
+        execute(database, f"ALTER DATABASE {conninfo_to_dict(database)['dbname']} SET {style}")
+    with bench(database, type_name) as (runner, it):
+
+        async def stored() -> list[tuple[Any, ...]]:
+            async with postgres.transaction(it.conn, probe=True):
+                decoded = it.decode(literal)
+                assert not isinstance(decoded, Refusal)
+                assert await it.copy(decoded) == STORED
+                return await (await it.conn.execute("SELECT v::text FROM copied")).fetchall()
+
+        assert runner.run(stored()) == [(expected,)]

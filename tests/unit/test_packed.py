@@ -14,7 +14,6 @@ from consumerd.errors import Halt, Refusal, Rejected, SkipReason
 from consumerd.kafka import PACKED_AT_ONCE, Chunk, ConsumerThread
 from consumerd.member import Member
 from consumerd.packed import Packed, joined
-from consumerd.sinks.copy import SIGNATURE
 from consumerd.types import TopicPartition
 from consumerd.writer import _packed
 
@@ -73,8 +72,7 @@ def batch(*pieces: Packed, messages: str) -> Batch:
 def put_together(mapping: Fake, *batches: Batch) -> tuple[int, bytes]:
     """Return rows and data of one write."""
     data = asyncio.run(_packed([(one, cast("Any", None)) for one in batches], cast("Any", mapping)))
-    assert data.packed.startswith(SIGNATURE)
-    return data.rows, bytes(data.packed.removeprefix(SIGNATURE))
+    return data.rows, bytes(data.packed)
 
 
 def test_as_it_came() -> None:

@@ -16,7 +16,6 @@ from consumerd import kafka, live_table, member, metrics, postgres, progress, re
 from consumerd.catalog import Column, Table
 from consumerd.checkpoint import Checkpoints
 from consumerd.encode import Encoder
-from consumerd.sinks.copy import SIGNATURE
 from tests.unit.simulation import broker, database, world
 from tests.unit.simulation.loop import CLOCK, OWNER
 
@@ -44,7 +43,7 @@ class Sink:
 
     async def write(self, conn: Any, data: Any) -> int:  # noqa: ANN401
         """Copy rows into the simulated table."""
-        await conn.execute(database.COPY, list(ROW.iter_unpack(data.packed[len(SIGNATURE) :])))
+        await conn.execute(database.COPY, list(ROW.iter_unpack(data.packed)))
         return 0
 
 
