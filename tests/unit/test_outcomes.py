@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,13 +12,13 @@ from consumerd.accumulator import Batch
 from consumerd.catalog import Column, Table
 from consumerd.config import HandlerConfig, TransformConfig
 from consumerd.encode import Encoder
-from consumerd.errors import Halt, Refusal
+from consumerd.errors import Halt, Outage, Refusal
 from consumerd.live_table import Mapping
 from consumerd.packed import Packed
 from consumerd.sinks.append import Append
 from consumerd.transform import Outcome
 from consumerd.types import TopicPartition
-from consumerd.writer import _packed
+from consumerd.writer import Writer, _packed
 
 COLUMN = Column(name="n", oid=20, typmod=-1, type_name="bigint", not_null=True, automatic=False)
 TABLE = Table(name="t", identifier="public.t", columns=(COLUMN,), unique=(), fingerprint="")
@@ -147,3 +148,41 @@ def test_a_cut_parts_what_was_transformed() -> None:
     rest = it.cut(3)
     assert (OUTCOMES[:3], OUTCOMES[3:5]) == (it.outcomes, rest.outcomes)
     assert (3, 4) == (len(it.messages), len(rest.messages))
+
+
+class Calls:
+    """A transformer that wants to try one batch again later, and gets through two messages of each other."""
+
+    async def complete(self, batch: Batch) -> int:
+        """Complete a batch, or raise."""
+        if batch.partition.partition == 0:
+            raise Outage("transform", "later")
+        batch.outcomes = [()] * 2
+        return 60
+
+
+def transformed(*partitions: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the partitions that are transformed now, and where batches were cut."""
+    cut: list[tuple[int, int]] = []
+    member = SimpleNamespace(
+        transformer=Calls(),
+        budget=SimpleNamespace(batch=SimpleNamespace(max_bytes=100)),
+        holds=lambda batch, _: batch.partition.partition != 9,
+        split=lambda batch, count: cut.append((batch.partition.partition, count)),
+    )
+    work = [replace(batch(*OUTCOMES), partition=TopicPartition("o", partition)) for partition in partitions]
+    done = asyncio.run(Writer(cast("Any", member), "w")._transformed([(one, cast("Any", None)) for one in work]))
+    return [one.partition.partition for one, _ in done], cut
+
+
+def test_who_waits_holds_up_nobody_else() -> None:
+    """The batches of a write that can be transformed now go on; one that cannot is an outage when it is alone."""
+    assert [1] == transformed(0, 1)[0]
+    with pytest.raises(Outage):
+        transformed(0, 0)
+
+
+def test_a_write_is_what_fits_into_memory() -> None:
+    """A write ends with the batch that fills the bound, a batch with what was transformed of it."""
+    assert ([1, 2], [(1, 2), (2, 2)]) == transformed(1, 2, 3)
+    assert ([1], [(9, 2), (1, 2)]) == transformed(9, 1)
