@@ -1,7 +1,6 @@
 """`consumerd check`: what holds, what does not, and the line that mends it; nothing is changed by looking."""
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -264,17 +263,15 @@ def test_what_brokers_do_not_allow(
     code, found = bench.look()
     assert (WRONG, False) == (code, found["topics"][0])
     assert "uthoriz" in found["topics"][1]
-    server = f"--bootstrap-server {guarded.bootstrap}"
-    guarded.tool(ACLS, *shlex.split(f"{server} --add --allow-principal User:loader --operation Read --topic parts"))
+    guarded.typed(
+        f"kafka-acls --bootstrap-server {guarded.bootstrap} --add --allow-principal User:loader --operation Read "
+        f"--topic parts"
+    )
     code, found = bench.look()
     assert (WRONG, False) == (code, found["ACLs"][0])
     lines = found["ACLs"][1].partition("type: ")[2].split("; ")
     assert 3 == len(lines)
     for line in lines:
-        _, *arguments = shlex.split(line.replace(str(guarded.second_port), str(guarded.port)))
-        guarded.tool(ACLS, *arguments)
+        guarded.typed(line.replace(str(guarded.second_port), str(guarded.port)))  # as an operator who may
     code, found = bench.look()
     assert (OK, {True}) == (code, {holds for holds, _ in found.values()}), found
-
-
-ACLS = "kafka.admin.AclCommand"
