@@ -12,7 +12,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
@@ -89,7 +89,8 @@ class Topics:
         self._said = ""
         """What the client said last of a connection that failed: why, where the answer only says that it did."""
         try:
-            self._admin = AdminClient({**client_config(kafka), "error_cb": self._on_error})
+            settings: dict[str, Any] = {**client_config(kafka), "error_cb": self._on_error}
+            self._admin = AdminClient(settings)
         except KafkaException as error:
             raise ConfigError(f"[kafka.properties]: {error.args[0].str()}") from error
 

@@ -91,8 +91,8 @@ def _read(consumer: ck.Consumer, ranges: Mapping[TopicPartition, tuple[int, int]
         error = message.error()
         if error is not None and error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - the only name it has
             raise KafkaException(error)
-        *place, at = _place(message)
-        partition = TopicPartition(*place)
+        topic, number, at = _place(message)
+        partition = TopicPartition(topic, number)
         behind = left.get(partition, -1)
         if error is None and at < behind:
             messages.append(message)

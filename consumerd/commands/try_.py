@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from consumerd import postgres
+from consumerd.accumulator import Batch
 from consumerd.checkpoint import Checkpoints, schema_is_there
 from consumerd.commands.sample import sample
 from consumerd.commands.tables import aligned
@@ -22,6 +24,7 @@ from consumerd.formats.values import FORMS
 from consumerd.isolate import isolate
 from consumerd.live_table import LiveTable
 from consumerd.topics import Topics
+from consumerd.transformer import Transformer
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from consumerd.config import Config, HandlerConfig
     from consumerd.errors import Refusal
     from consumerd.live_table import Mapping
+    from consumerd.transform import Outcome
 
 MAX_CELL = 40
 """Characters of a value in the table; JSON lines have all of it."""
@@ -72,9 +76,11 @@ class Trial:
             [_place(tried), *(_cell(value) for value in self._values(row).values())]
             for tried in self.tried
             for row in tried.rows
-            if tried.refused is None
+            if tried.refused is None and not self._deletes(row)
         ]
         lines = aligned([["message", *self.columns], *rows]) if rows else []
+        deletions = [(tried, row) for tried in self.tried for row in tried.rows if self._deletes(row)]
+        lines += [f"{_place(tried)} deletes {_cell(self._key(row))}" for tried, row in deletions if not tried.refused]
         lines += [f"{_place(tried)} would be skipped: {tried.skipped}" for tried in self.tried if tried.skipped]
         lines += [f"{_place(tried)} is refused: {_why(tried.refused)}" for tried in self.tried if tried.refused]
         count = sum(tried.refused is not None for tried in self.tried)
@@ -97,7 +103,17 @@ class Trial:
             return [{**place, "refused": tried.refused}]
         if tried.skipped is not None:
             return [{**place, "skipped": tried.skipped}]
-        return [{**place, "row": self._values(row)} for row in tried.rows]
+        return [
+            {**place, "deletes": self._key(row)} if self._deletes(row) else {**place, "row": self._values(row)}
+            for row in tried.rows
+        ]
+
+    def _deletes(self, row: tuple[Any, ...]) -> bool:
+        """Whether a row is that of a tombstone, which ends with a column of its own for that."""
+        return len(row) > len(self.columns) and bool(row[-1])
+
+    def _key(self, row: tuple[Any, ...]) -> dict[str, Any]:
+        return {name: value for name, value in self._values(row).items() if value is not None}
 
     def _values(self, row: tuple[Any, ...]) -> dict[str, Any]:
         """Return a row's values as JSON has them, by column."""
@@ -118,7 +134,7 @@ async def attempt(config: Config, handler: HandlerConfig, count: int, *, first: 
         table = LiveTable(handler, connect)
         await table.read(conn)
         messages = await asyncio.to_thread(sample, config.kafka, partitions, count, first=first)
-        tried = _decode(table.mapping, messages)
+        tried = _decode(table.mapping, messages, await _transformed(handler, messages))
         await _note_what_was_written(config, handler, conn, table.mapping, tried)
         await _write(conn, table.mapping, [each for each in tried if each.rows and not each.before])
     finally:
@@ -132,13 +148,43 @@ async def attempt(config: Config, handler: HandlerConfig, count: int, *, first: 
     )
 
 
-def _decode(mapping: Mapping, messages: Sequence[Any]) -> list[Tried]:
+async def _transformed(handler: HandlerConfig, messages: Sequence[Any]) -> dict[int, Outcome]:
+    """Return what the handler's transform makes of messages, by their ids here; nothing without one."""
+    if handler.transform is None:
+        return {}
+    outcomes: dict[int, Outcome] = {}
+    transformer = Transformer(handler, handler.batch.max_bytes)
+    try:
+        await transformer.start()
+        for message in messages:
+            batch = _batch_of(message)
+            await transformer.complete(batch)
+            (outcomes[id(message)],) = batch.outcomes
+    finally:
+        await transformer.close()
+    return outcomes
+
+
+def _batch_of(message: Any) -> Batch:  # noqa: ANN401 - librdkafka's
+    """Return one message as a batch."""
+    return Batch(
+        partition=TopicPartition(message.topic(), message.partition()),
+        first_offset=message.offset(),
+        next_offset=message.offset() + 1,
+        messages=[message],
+        size=len(message),
+        reason="drain",
+        gathered_since=0.0,
+    )
+
+
+def _decode(mapping: Mapping, messages: Sequence[Any], outcomes: dict[int, Outcome]) -> list[Tried]:
     tried = []
     for message in messages:
         refused: dict[int, Refusal] = {}
-        rows = mapping.encoder.encode([message], refused)
+        rows = mapping.rows([message], refused, [outcomes[id(message)]] if outcomes else [])
         entry = Tried(partition=TopicPartition(message.topic(), message.partition()), offset=message.offset())
-        entry.rows, entry.refused, entry.skipped = rows.rows, refused.get(0), next(iter(rows.skipped), None)
+        entry.rows, entry.refused, entry.skipped = rows.rows, refused.get(0), next(iter(+rows.skipped), None)
         tried.append(entry)
     return tried
 
@@ -158,14 +204,14 @@ async def _note_what_was_written(
 
 async def _write(conn: AsyncConnection[Any], mapping: Mapping, tried: Sequence[Tried]) -> None:
     """Write rows and roll back; what Postgres refuses is noted."""
-    owners = [each for each in tried for _ in each.rows]
     async with postgres.transaction(conn):
         await mapping.sink.prepare(conn)
     async with postgres.transaction(conn, probe=True):
         rows = [row for each in tried for row in each.rows]
-        refused, _ = await isolate(conn, mapping.sink, rows, at_least=len(rows))
+        starts = list(accumulate((len(each.rows) for each in tried[:-1]), initial=0)) if tried else []
+        refused, _ = await isolate(conn, mapping.sink, rows, starts=starts, at_least=len(tried))
     for position, refusal in refused.items():
-        owners[position].refused = owners[position].refused or refusal
+        tried[position].refused = refusal
 
 
 def _place(tried: Tried) -> str:

@@ -24,6 +24,11 @@ CREATE TABLE parts (
 GOOD = b'{"id": %d, "name": "bolt", "price": 1.50, "made": "2026-11-23T10:15:00Z", "doc": {"a": [1, null]}}'
 ROW = {"name": "bolt", "price": 1.50, "made": "2026-11-23T10:15:00Z", "doc": {"a": [1, None]}}
 
+SPLIT = """\
+def split(record):
+    return [{"id": number, "name": "bolt", "price": number} for number in record["ids"]]
+"""
+
 
 class Bench:
     """A topic, a table and a handler between them, with no daemon."""
@@ -135,6 +140,31 @@ def test_upsert_is_tried_as_such(bench: Bench) -> None:
     bench.send(GOOD % 1, GOOD % 1)
     assert [1, 1] == [line["row"]["id"] for line in bench.lines()]
     assert [] == execute(bench.database, "SELECT * FROM parts")
+
+
+def test_a_transform(bench: Bench) -> None:
+    """A message is what the handler's transform makes of it: several rows, none, or a refusal of all of them."""
+    bench.configure(transform={"function": "parts:split"})
+    (bench.folder / "handlers" / "parts.py").write_text(SPLIT)
+    bench.send(b'{"ids": [1, 2]}', b'{"ids": []}', b'{"ids": [3, -3]}', b'{"ids": 5}')
+    one, two, skipped, refused, raised = bench.lines()
+    assert (1, 2) == (one["row"]["id"], two["row"]["id"])
+    assert "transform" == skipped["skipped"]
+    assert ("23514", 2) == (refused["refused"]["sqlstate"], refused["offset"])
+    assert "transform" == raised["refused"]["reason"]
+
+
+def test_tombstones(bench: Bench) -> None:
+    """A tombstone is what the handler makes of it: passed over, or the key whose row it deletes."""
+    bench.send(None)
+    assert ["tombstone"] == [line["skipped"] for line in bench.lines()]
+    producer = Producer({"bootstrap.servers": bench.kafka.bootstrap})
+    producer.produce(bench.topic, None, b"7", partition=1)
+    assert producer.flush(TIMEOUT) == 0
+    deletes = {"tombstones": "delete", "tombstone_key": {"id": "@key"}}
+    bench.configure(table={"name": "parts", "write": "upsert", "key": ["id"], **deletes}, key_format="json")
+    _, deletion = bench.lines()
+    assert {"id": 7} == deletion["deletes"]
 
 
 def test_a_table_for_people(bench: Bench) -> None:
