@@ -119,6 +119,11 @@ UPDATE {schema}.checkpoint SET next_offset = %(offset)s, max_offset = coalesce(m
 WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s AND epoch = %(epoch)s
 RETURNING 1"""
 
+_LOOK = """\
+SELECT topic, partition, topic_id, next_offset, max_offset, epoch, target FROM {schema}.checkpoint
+WHERE group_id = %(group)s
+  AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
+
 _READ = """\
 SELECT topic, partition, epoch, next_offset FROM {schema}.checkpoint
 WHERE group_id = %(group)s
@@ -163,19 +168,26 @@ GRANT SELECT, INSERT, UPDATE ON {schema}.checkpoint TO {role};
 """What a role needs that does not own the schema."""
 
 
-async def ensure_schema(conn: AsyncConnection[Any], schema: str) -> None:
-    """Make the daemon's own schema and tables where they are missing; raises Halt with what to type."""
+async def schema_is_there(conn: AsyncConnection[Any], schema: str) -> bool:
+    """Tell whether the daemon's own schema and tables are there; raises Halt when this role may not use them."""
     name = sql.Identifier(schema)
     try:
         # The catalog is asked, not to_regclass: that needs the privileges that may be missing.
         there = await call(conn, _THERE, {"schema": schema})
         if there:
             await call(conn, sql.SQL(_TRY).format(schema=name))
-            return
     except (Halt, TableChanged) as halt:
         ((role,),) = await call(conn, "SELECT current_user::text")
         grants = sql.SQL(GRANTS).format(schema=name, role=sql.Identifier(role)).as_string()
         raise Halt("database", f"{halt}; let the owner of schema {schema} type: {' '.join(grants.split())}") from halt
+    return bool(there)
+
+
+async def ensure_schema(conn: AsyncConnection[Any], schema: str) -> None:
+    """Make the daemon's own schema and tables where they are missing; raises Halt with what to type."""
+    if await schema_is_there(conn, schema):
+        return
+    name = sql.Identifier(schema)
     try:
         async with postgres.transaction(conn):
             await conn.execute("SELECT pg_advisory_xact_lock(hashtext('consumerd setup'))")
@@ -214,17 +226,7 @@ class Checkpoints:
         `counts` are the partitions of all topics in Kafka now, `topics` what was found of them at the start. For one
         that a pattern matched "the first time" is the group's: what comes to match later is read from its start.
         """
-        ids = [topics[partition.topic].topic_id for partition in partitions]
-        others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
-        if others:
-            ((other,),) = others
-            forget = f"DELETE FROM {self._schema.as_string()}.checkpoint WHERE group_id = '{other}'"  # noqa: S608
-            raise Halt(
-                "checkpoint",
-                f"group {other} writes {partitions[0].topic} to {self.target} already, and group {self.group} has no "
-                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or, if that '
-                f"group is over, forget it: {forget}",
-            )
+        await self._refuse_other_group(conn, partitions, topics)
         values = {
             "topics": list(counts),
             "counts": list(counts.values()),
@@ -247,6 +249,35 @@ class Checkpoints:
             )
             for topic, number, topic_id, next_offset, max_offset, epoch, target, leader_epoch, *tally in rows
         }
+
+    async def look(
+        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition], topics: Mapping[str, Topic]
+    ) -> dict[TopicPartition, Stored]:
+        """Return what a claim would, and change nothing; raises Halt as it does."""
+        await self._refuse_other_group(conn, partitions, topics)
+        rows = await call(conn, self._sql(_LOOK), self._keys(partitions))
+        nowhere = Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=self.target)
+        stored = dict.fromkeys(partitions, nowhere)
+        for topic, number, topic_id, next_offset, max_offset, epoch, target in rows:
+            stored[TopicPartition(topic, number)] = Stored(
+                epoch=epoch, next_offset=next_offset, max_offset=max_offset, topic_id=topic_id, target=target
+            )
+        return stored
+
+    async def _refuse_other_group(
+        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition], topics: Mapping[str, Topic]
+    ) -> None:
+        ids = [topics[partition.topic].topic_id for partition in partitions]
+        others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
+        if others:
+            ((other,),) = others
+            forget = f"DELETE FROM {self._schema.as_string()}.checkpoint WHERE group_id = '{other}'"  # noqa: S608
+            raise Halt(
+                "checkpoint",
+                f"group {other} writes {partitions[0].topic} to {self.target} already, and group {self.group} has no "
+                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or, if that '
+                f"group is over, forget it: {forget}",
+            )
 
     async def place(
         self, conn: AsyncConnection[Any], partition: TopicPartition, epoch: int, offset: int, topic_id: str | None
@@ -317,12 +348,21 @@ class KafkaCheckpoints:
 
     async def claim(
         self,
-        conn: AsyncConnection[Any],  # noqa: ARG002
+        conn: AsyncConnection[Any],
         partitions: Sequence[TopicPartition],
         counts: Mapping[str, int],  # noqa: ARG002
-        topics: Mapping[str, Topic],  # noqa: ARG002
+        topics: Mapping[str, Topic],
     ) -> dict[TopicPartition, Stored]:
         """Return partitions as never seen before: the offset in Kafka decides."""
+        return await self.look(conn, partitions, topics)
+
+    async def look(
+        self,
+        conn: AsyncConnection[Any],  # noqa: ARG002
+        partitions: Sequence[TopicPartition],
+        topics: Mapping[str, Topic],  # noqa: ARG002
+    ) -> dict[TopicPartition, Stored]:
+        """Return the same as a claim."""
         nowhere = Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=self.target)
         return dict.fromkeys(partitions, nowhere)
 

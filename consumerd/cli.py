@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -15,11 +16,13 @@ from consumerd.errors import ConfigError, ConsumerdError
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from consumerd.config import Config
+    from consumerd.config import Config, HandlerConfig
 
 T = TypeVar("T")
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NOT_REACHED = 75
 EXIT_CONFIG = 78
 
 app = typer.Typer(
@@ -41,6 +44,17 @@ ConfigOption = Annotated[
 PropertyOption = Annotated[
     list[str] | None, typer.Option("--property", "-X", metavar="NAME=VALUE", help="A librdkafka property.")
 ]
+
+
+class Output(StrEnum):
+    """The forms of what a command prints."""
+
+    text = "text"
+    json = "json"
+
+
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="A table, or a JSON object on each line.")]
+HandlerArgument = Annotated[str, typer.Argument(metavar="HANDLER", help="The name of its file, without .toml.")]
 LevelOption = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
 
 
@@ -88,6 +102,58 @@ def setup(
 
 
 @app.command()
+def check(
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    log_level: LevelOption = None,
+    output: OutputOption = Output.text,
+    *,
+    offline: Annotated[bool, typer.Option("--offline", help="Look at the files alone.")] = False,
+) -> None:
+    """Look at everything that `run` needs, change nothing, and print what holds and what to type for what does not.
+
+    Exit status: 0 all holds; 1 something does not; 75 broker or database not reached; 78 the files are wrong.
+    """
+    loaded = _load(config, properties, log_level)
+    from consumerd.commands.check import Check, text  # noqa: PLC0415 - what only `check` needs
+
+    look = Check(loaded)
+    look.files()
+    if not offline:
+        _complete(look.servers())
+    typer.echo(text(look.findings) if output is Output.text else "\n".join(f.line() for f in look.findings))
+    found = {finding.holds for finding in look.findings}
+    sys.exit(EXIT_NOT_REACHED if None in found else EXIT_FAILED if False in found else 0)
+
+
+@app.command("try")
+def try_(
+    handler: HandlerArgument,
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    log_level: LevelOption = None,
+    output: OutputOption = Output.text,
+    *,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=10_000, help="Messages to try.")] = 10,
+    from_beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="The first messages of the topics instead of the last.")
+    ] = False,
+) -> None:
+    """Show what a handler would make of real messages: rows, and refusals with their reasons. Writes nothing.
+
+    Rows are tried in a transaction that is rolled back: the table is not changed, but its triggers run, and sequences
+    of its defaults may move on.
+    """
+    loaded = _load(config, properties, log_level)
+    chosen = _handler(loaded, handler)
+    from consumerd.commands.try_ import attempt  # noqa: PLC0415 - what only `try` needs
+
+    trial = _complete(attempt(loaded, chosen, count, first=from_beginning))
+    for line in [trial.text()] if output is Output.text else trial.lines():
+        typer.echo(line)
+
+
+@app.command()
 def demo(
     *,
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running and say how to look at it.")] = False,
@@ -108,7 +174,7 @@ def _load(path: Path | None, properties: list[str] | None, log_level: str | None
     for entry in properties or []:
         name, separator, value = entry.partition("=")
         if not separator:
-            _fail(f"-X {entry}: write NAME=VALUE", 2)
+            _fail(f"-X {entry}: write NAME=VALUE", EXIT_USAGE)
         overrides[name] = value
     try:
         config = loader.load(path, overrides=overrides)
@@ -120,9 +186,17 @@ def _load(path: Path | None, properties: list[str] | None, log_level: str | None
     return config
 
 
+def _handler(config: Config, name: str) -> HandlerConfig:
+    """Return a handler by its name; exits with those that there are."""
+    handlers = {handler.name: handler for handler in config.handlers}
+    if name not in handlers:
+        _fail(f"there is no handler {name}; there are: {', '.join(sorted(handlers))}", EXIT_USAGE)
+    return handlers[name]
+
+
 def _level(name: str) -> str:
     if name not in {"debug", "info", "warning", "error"}:
-        _fail(f"--log-level {name}: one of debug, info, warning, error", 2)
+        _fail(f"--log-level {name}: one of debug, info, warning, error", EXIT_USAGE)
     return name
 
 

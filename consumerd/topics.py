@@ -12,7 +12,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
@@ -86,10 +86,17 @@ class Topics:
         """Since when topics are not known to the brokers."""
         self._astray = False
         """The last look at the ids was not answered."""
+        self._said = ""
+        """What the client said last of a connection that failed: why, where the answer only says that it did."""
         try:
-            self._admin = AdminClient(client_config(kafka))
+            settings: dict[str, Any] = {**client_config(kafka), "error_cb": self._on_error}
+            self._admin = AdminClient(settings)
         except KafkaException as error:
             raise ConfigError(f"[kafka.properties]: {error.args[0].str()}") from error
+
+    async def names(self) -> set[str]:
+        """Return all topics that this principal may see."""
+        return set(await self._call(self._partitions))
 
     async def find(self, patterns: Iterable[str], never: Iterable[str]) -> dict[str, Topic]:
         """Return the topics that are named, or match a pattern (`^...`); raises Halt when a named one is missing.
@@ -100,6 +107,8 @@ class Topics:
         named = [name for name in patterns if not name.startswith("^")]
         missing = [name for name in named if name not in there]
         if missing:
+            if self._kafka.admin:
+                await self._call(self._ids, missing)  # of one that this principal may not see brokers say so here
             raise Halt(
                 "topic",
                 f"topic {', '.join(missing)} does not exist; make it: kafka-topics --create --topic {missing[0]} "
@@ -182,6 +191,16 @@ class Topics:
 
         Return the bytes that its largest letter may have, if the brokers tell.
         """
+        largest, there = await self.look_at_dead_letter(config, sources)
+        if not there:
+            await self._call(self._create, config, largest)
+        return largest
+
+    async def look_at_dead_letter(self, config: DeadLetterConfig, sources: Iterable[str]) -> tuple[int | None, bool]:
+        """Return the bytes of the largest letter, if the brokers tell, and whether the topic is there; raises Halt.
+
+        One that is not there is a mistake unless it is to be made.
+        """
         there = await self._call(self._partitions)
         largest = await self._largest_message(sources) if self._kafka.admin else None
         if config.topic not in there:
@@ -195,10 +214,9 @@ class Topics:
                     f"dead-letter topic {config.topic} does not exist; make it: {command}; or set "
                     f"`dead_letter.create = true`",
                 )
-            await self._call(self._create, config, largest)
         elif largest is not None:
             _check(config.topic, await self._call(self._settings, config.topic), largest, self._kafka.bootstrap_servers)
-        return largest
+        return largest, config.topic in there
 
     async def _largest_message(self, sources: Iterable[str]) -> int:
         settings = [await self._call(self._settings, source) for source in sources]
@@ -208,13 +226,19 @@ class Topics:
         try:
             return await asyncio.to_thread(function, *values)
         except TimeoutError:
-            raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers} does not answer") from None
+            raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers} does not answer{self._why()}") from None
         except KafkaException as exception:
-            error = exception.args[0]
-            sentence = f"Kafka at {self._kafka.bootstrap_servers}: {error.str()}"
-            if error.code() in PASSING or error.code() < 0:  # librdkafka's own codes: no answer came from a broker
-                raise Outage("kafka", sentence) from exception
-            raise Halt("kafka", f"{sentence}; grant it to this principal or correct the configuration") from exception
+            error = meaning(exception.args[0], self._kafka.bootstrap_servers)
+            raise (Outage("kafka", f"{error}{self._why()}") if isinstance(error, Outage) else error) from exception
+
+    def _why(self) -> str:
+        self._admin.poll(0)  # serves `_on_error`
+        said, self._said = self._said, ""
+        return f" ({said}): correct [kafka] if it is not merely down" if said else ""
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 - the only name it has
+            self._said = error.str()
 
     def _partitions(self) -> dict[str, int]:
         metadata = self._admin.list_topics(timeout=CALL_TIMEOUT)
@@ -249,6 +273,14 @@ class Topics:
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
+
+
+def meaning(error: KafkaError, bootstrap: str) -> Outage | Halt:
+    """Return what an error of a call means to us: brokers that cannot do it now, or may never."""
+    sentence = f"Kafka at {bootstrap}: {error.str()}"
+    if error.code() in PASSING or error.code() < 0:  # librdkafka's own codes: no answer came from a broker
+        return Outage("kafka", sentence)
+    return Halt("kafka", f"{sentence}; grant it to this principal or correct the configuration")
 
 
 def missing(gone: list[str], topics: Mapping[str, Topic]) -> TopicGone:

@@ -1,9 +1,6 @@
 """What the command line says to mistakes: every one at once, one clear sentence each, and an exit code of its own."""
 
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,28 +9,18 @@ import pytest
 from confluent_kafka.admin import AdminClient
 
 from tests.conftest import MakeDaemon, MakeTopic
-from tests.servers.daemon import REPOSITORY, write_config
+from tests.servers.daemon import consumerd, write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port
 from tests.servers.sql import execute
 
-TIMEOUT = 10  # seconds for a command that ends by itself
+TIMEOUT = 10  # seconds for one answer
 OK, FAILED, USAGE, CONFIG = 0, 1, 2, 78
 
 TABLES = [("checkpoint",), ("store",)]
 MADE = "SELECT tablename FROM pg_tables WHERE schemaname = '{}' ORDER BY 1"
 
 HANDLER: dict[str, Any] = {"topics": ["orders"], "table": {"name": "orders", "write": "append"}}
-
-
-def consumerd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "NO_COLOR": "1"}
-    environment.pop("CONSUMERD_CONFIG", None)
-    command = [sys.executable, "-m", "consumerd", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
 
 
 def config(folder: Path, database: str, **more: Mapping[str, Any]) -> Path:

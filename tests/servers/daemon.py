@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from tests.servers.process import Process
 
 READY_TIMEOUT = 30  # seconds to join its groups
 STOP_TIMEOUT = 45  # seconds: the daemon's own drain_timeout is 30
+COMMAND_TIMEOUT = 60  # seconds for a command that ends by itself
 ANSWER_TIMEOUT = 10  # seconds for one HTTP answer
 REPOSITORY = Path(__file__).parents[2]
 
@@ -103,6 +105,16 @@ class Daemon:
             return self.get(path)[0]
         except (OSError, http.client.HTTPException):
             return None
+
+
+def consumerd(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "NO_COLOR": "1"}
+    environment.pop("CONSUMERD_CONFIG", None)
+    command = [sys.executable, "-m", "consumerd", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT, check=False
+    )
 
 
 def write_config(
