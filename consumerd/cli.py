@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_CONFIG = 78
 
 app = typer.Typer(
@@ -57,13 +58,32 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command()
-def run(config: ConfigOption = None, properties: PropertyOption = None, log_level: LevelOption = None) -> None:
+def run(
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    log_level: LevelOption = None,
+    handlers: Annotated[
+        list[str] | None, typer.Option("--handler", metavar="NAME", help="This handler alone; may be repeated.")
+    ] = None,
+    *,
+    until_end: Annotated[
+        bool,
+        typer.Option(
+            "--until-end",
+            help="Stop once all is written that the topics held at the start: status 0, 1 where that could not be.",
+        ),
+    ] = False,
+) -> None:
     """Run the daemon: every handler, until SIGTERM or Ctrl-C."""
     loaded = _load(config, properties, log_level)
+    known = {handler.name for handler in loaded.handlers}
+    for name in handlers or []:
+        if name not in known:
+            _fail(f"--handler {name}: no such handler; there are {', '.join(sorted(known))}", EXIT_USAGE)
     from consumerd.daemon import Daemon  # noqa: PLC0415 - what only `run` needs
 
     async def daemon() -> int:
-        return await Daemon(loaded).run()
+        return await Daemon(loaded, handlers or (), until_end=until_end).run()
 
     sys.exit(_complete(daemon()))
 
@@ -108,7 +128,7 @@ def _load(path: Path | None, properties: list[str] | None, log_level: str | None
     for entry in properties or []:
         name, separator, value = entry.partition("=")
         if not separator:
-            _fail(f"-X {entry}: write NAME=VALUE", 2)
+            _fail(f"-X {entry}: write NAME=VALUE", EXIT_USAGE)
         overrides[name] = value
     try:
         config = loader.load(path, overrides=overrides)
@@ -122,7 +142,7 @@ def _load(path: Path | None, properties: list[str] | None, log_level: str | None
 
 def _level(name: str) -> str:
     if name not in {"debug", "info", "warning", "error"}:
-        _fail(f"--log-level {name}: one of debug, info, warning, error", 2)
+        _fail(f"--log-level {name}: one of debug, info, warning, error", EXIT_USAGE)
     return name
 
 
