@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 UNTIL_END = "until end"
 """Who meets its outages."""
-INTERVAL = 0.2
+INTERVAL = 0.5
 """Seconds between two looks."""
 
 
