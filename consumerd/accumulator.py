@@ -193,8 +193,10 @@ def size_of(messages: Sequence[Message]) -> int:
 class Accumulator:
     """The messages of one handler that are not yet written."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, *, by_topic: bool = False) -> None:
         self._bounds = bounds
+        self._by_topic = by_topic
+        """Whether a write is of one topic: each has a table of its own."""
         self._queues: dict[TopicPartition, _Queue] = {}
         self.messages = 0
         """Messages held, batches that are out included."""
@@ -266,9 +268,12 @@ class Accumulator:
         waiting.sort(key=lambda entry: entry[:3])
         if not waiting or (first_reason := waiting[0][-1]) is None:
             return self._take_tails(now)
+        first_topic = waiting[0][2].topic
         batches: list[Batch] = []
         messages = size = 0
         for _, _, partition, queue, reason in waiting:
+            if self._by_topic and partition.topic != first_topic:
+                continue
             if reason is None and first_reason != "age":
                 break
             if batches and (
@@ -335,8 +340,10 @@ class Accumulator:
 
     def _take_tails(self, now: float) -> list[Batch]:
         """Return batches without messages, for the partitions whose log ends so."""
-        batches = []
+        batches: list[Batch] = []
         for partition, queue in self._queues.items():
+            if batches and self._by_topic and partition.topic != batches[0].partition.topic:
+                continue
             if queue.tail is not None and queue.out is None:
                 (start, end), queue.tail = queue.tail, None
                 queue.out = Batch(

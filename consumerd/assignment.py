@@ -79,7 +79,7 @@ class Assignment:
         self._claimed: dict[TopicPartition, int] = {}
         """In which assignment each partition was claimed last."""
         self.held_up: dict[TopicPartition, Outage] = {}
-        """Assigned partitions that brokers could not tell of."""
+        """Assigned partitions that brokers could not tell of, or whose table is not there."""
         self.leases: dict[TopicPartition, Lease] = {}
         self._delivered: set[TopicPartition] = set()
         self._beyond: Counter[TopicPartition] = Counter()
@@ -140,14 +140,19 @@ class Assignment:
             except Outage as outage:
                 if outage.source != "kafka":
                     raise
-                self.held_up[partition] = outage
-                self.claim_later(partition, LOOK_AGAIN_AFTER)
+                self.hold_up(partition, outage)
                 continue
             if lease is None:  # a zombie claimed it in between, unless it was revoked
                 self.claim_later(partition)
             elif self._is_still(partition):
                 leases[partition] = lease
         return leases
+
+    def hold_up(self, partition: TopicPartition, outage: Outage, after: float = LOOK_AGAIN_AFTER) -> None:
+        """Look at an assigned partition again in some seconds, and keep until then why it waits."""
+        if partition in self.assigned:
+            self.held_up[partition] = outage
+            self.claim_later(partition, after)
 
     def _is_still(self, partition: TopicPartition) -> bool:
         """Whether a partition has been assigned here without a break since its claim began."""
@@ -259,7 +264,7 @@ class Assignment:
         if self._checkpoints.mode == "kafka":
             bootstrap = self._kafka.bootstrap_servers
             return decide_by_kafka(partition, committed, group=group, topic_id=topic_id, bootstrap=bootstrap)
-        target = self._checkpoints.target
+        target = self._checkpoints.target(partition.topic)
         return decide(partition, stored, committed, store=self._store, group=group, topic_id=topic_id, target=target)
 
     async def _beginning(self, partition: TopicPartition, decision: Decision, low: int, high: int) -> int:
@@ -275,6 +280,8 @@ class Assignment:
         """Whether a partition appeared after the group had first seen its topic; checkpoints know it themselves."""
         if self._checkpoints.mode == "postgres":
             return False
+        if self._topics[partition.topic].late:
+            return True
         count = self._counts([partition])[partition.topic]
         others = await self._thread.found([TopicPartition(partition.topic, number) for number in range(count)])
         stamps = [decode_stamp(found.metadata) for found in others.values() if found.committed is not None]

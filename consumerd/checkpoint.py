@@ -20,7 +20,7 @@ from consumerd.postgres import call
 from consumerd.types import NO_TALLY, Tally, TopicPartition
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from psycopg import AsyncConnection
 
@@ -70,28 +70,32 @@ INSERT INTO {schema}.checkpoint (group_id, topic, partition, next_offset, target
 SELECT %(group)s, t.topic, p, CASE WHEN EXISTS (
            SELECT FROM {schema}.checkpoint c
            WHERE c.group_id = %(group)s AND (t.matched OR c.topic = t.topic)) THEN -2 END,
-       %(target)s, 'postgres'
-FROM unnest(%(topics)s::text[], %(counts)s::int[], %(matched)s::bool[]) AS t (topic, count, matched),
+       t.target, 'postgres'
+FROM unnest(%(topics)s::text[], %(counts)s::int[], %(matched)s::bool[], %(targets)s::text[])
+         AS t (topic, count, matched, target),
      generate_series(0, t.count - 1) AS p
 ORDER BY 2, 3
 ON CONFLICT DO NOTHING"""
 
 _CLAIM = """\
 WITH locked AS (
-    SELECT topic, partition FROM {schema}.checkpoint
-    WHERE group_id = %(group)s
-      AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))
-    ORDER BY topic, partition FOR UPDATE
+    SELECT c.topic, c.partition, t.target
+    FROM {schema}.checkpoint c JOIN unnest(%(topics)s::text[], %(partitions)s::int[], %(targets)s::text[])
+        AS t (topic, partition, target) USING (topic, partition)
+    WHERE c.group_id = %(group)s
+    ORDER BY topic, partition FOR UPDATE OF c
 )
-UPDATE {schema}.checkpoint c SET epoch = c.epoch + 1, seen_at = now()
+UPDATE {schema}.checkpoint c SET epoch = c.epoch + 1, seen_at = now(),
+    target = CASE WHEN c.next_offset >= 0 THEN c.target ELSE l.target END
 FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
 RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch,
     c.judged_messages, c.judged_refused, coalesce(extract(epoch FROM now() - c.judged_at), 0)::float8"""
 
 _OTHER_GROUP = """\
-SELECT c.group_id
-FROM {schema}.checkpoint c JOIN unnest(%(topics)s::text[], %(ids)s::text[]) AS t (topic, id) USING (topic)
-WHERE c.target = %(target)s AND c.group_id <> %(group)s AND c.next_offset >= 0
+SELECT c.group_id, c.topic, c.target
+FROM {schema}.checkpoint c JOIN unnest(%(topics)s::text[], %(ids)s::text[], %(targets)s::text[])
+    AS t (topic, id, target) USING (topic)
+WHERE c.target = t.target AND c.group_id <> %(group)s AND c.next_offset >= 0
   AND coalesce(c.topic_id = t.id, true)
   AND NOT EXISTS (SELECT FROM {schema}.checkpoint m WHERE m.group_id = %(group)s)
 LIMIT 1"""
@@ -203,9 +207,10 @@ class Checkpoints:
 
     mode: Mode = "postgres"
 
-    def __init__(self, schema: str, group: str, target: str) -> None:
+    def __init__(self, schema: str, group: str, target: Callable[[str], str]) -> None:
         self.group = group
         self.target = target
+        """The table of a topic; nothing for one that is not known yet, of which nothing is claimed then."""
         self._schema = sql.Identifier(schema)
         self._advance = self._sql(_ADVANCE)
 
@@ -231,8 +236,8 @@ class Checkpoints:
             "topics": list(counts),
             "counts": list(counts.values()),
             "matched": [topics[topic].matched for topic in counts],
+            "targets": [self.target(topic) for topic in counts],
             "group": self.group,
-            "target": self.target,
         }
         await call(conn, CLAIM_TIMEOUT)
         await call(conn, self._sql(_APPEAR), values)
@@ -256,8 +261,7 @@ class Checkpoints:
         """Return what a claim would, and change nothing; raises Halt as it does."""
         await self._refuse_other_group(conn, partitions, topics)
         rows = await call(conn, self._sql(_LOOK), self._keys(partitions))
-        nowhere = Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=self.target)
-        stored = dict.fromkeys(partitions, nowhere)
+        stored = _unseen(partitions, self.target)
         for topic, number, topic_id, next_offset, max_offset, epoch, target in rows:
             stored[TopicPartition(topic, number)] = Stored(
                 epoch=epoch, next_offset=next_offset, max_offset=max_offset, topic_id=topic_id, target=target
@@ -270,11 +274,11 @@ class Checkpoints:
         ids = [topics[partition.topic].topic_id for partition in partitions]
         others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
         if others:
-            ((other,),) = others
+            ((other, topic, target),) = others
             forget = f"DELETE FROM {self._schema.as_string()}.checkpoint WHERE group_id = '{other}'"  # noqa: S608
             raise Halt(
                 "checkpoint",
-                f"group {other} writes {partitions[0].topic} to {self.target} already, and group {self.group} has no "
+                f"group {other} writes {topic} to {target} already, and group {self.group} has no "
                 f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or, if that '
                 f"group is over, forget it: {forget}",
             )
@@ -320,9 +324,9 @@ class Checkpoints:
     def _keys(self, partitions: Sequence[TopicPartition]) -> dict[str, Any]:
         return {
             "group": self.group,
-            "target": self.target,
             "topics": [p.topic for p in partitions],
             "partitions": [p.partition for p in partitions],
+            "targets": [self.target(p.topic) for p in partitions],
         }
 
     def _sql(self, text: LiteralString) -> sql.Composed:
@@ -338,7 +342,7 @@ class KafkaCheckpoints:
 
     mode: Mode = "kafka"
 
-    def __init__(self, group: str, target: str) -> None:
+    def __init__(self, group: str, target: Callable[[str], str]) -> None:
         self.group = group
         self.target = target
 
@@ -363,8 +367,7 @@ class KafkaCheckpoints:
         topics: Mapping[str, Topic],  # noqa: ARG002
     ) -> dict[TopicPartition, Stored]:
         """Return the same as a claim."""
-        nowhere = Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=self.target)
-        return dict.fromkeys(partitions, nowhere)
+        return _unseen(partitions, self.target)
 
     async def place(
         self,
@@ -388,3 +391,11 @@ class KafkaCheckpoints:
     def advance(self, moves: Sequence[Move]) -> Statement:
         """Return what moves nothing, and finds everything where it was expected."""
         return "SELECT generate_series(1, %(moves)s)", {"moves": len(moves)}
+
+
+def _unseen(partitions: Sequence[TopicPartition], target: Callable[[str], str]) -> dict[TopicPartition, Stored]:
+    """Return partitions as never written before."""
+    return {
+        partition: Stored(epoch=0, next_offset=None, max_offset=None, topic_id=None, target=target(partition.topic))
+        for partition in partitions
+    }

@@ -71,13 +71,32 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 
 @app.command()
-def run(config: ConfigOption = None, properties: PropertyOption = None, log_level: LevelOption = None) -> None:
+def run(
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    log_level: LevelOption = None,
+    handlers: Annotated[
+        list[str] | None, typer.Option("--handler", metavar="NAME", help="This handler alone; may be repeated.")
+    ] = None,
+    *,
+    until_end: Annotated[
+        bool,
+        typer.Option(
+            "--until-end",
+            help="Stop once all is written that the topics held at the start: status 0, 1 where that could not be.",
+        ),
+    ] = False,
+) -> None:
     """Run the daemon: every handler, until SIGTERM or Ctrl-C."""
     loaded = _load(config, properties, log_level)
+    known = {handler.name for handler in loaded.handlers}
+    for name in handlers or []:
+        if name not in known:
+            _fail(f"--handler {name}: no such handler; there are {', '.join(sorted(known))}", EXIT_USAGE)
     from consumerd.daemon import Daemon  # noqa: PLC0415 - what only `run` needs
 
     async def daemon() -> int:
-        return await Daemon(loaded).run()
+        return await Daemon(loaded, handlers or (), until_end=until_end).run()
 
     sys.exit(_complete(daemon()))
 
@@ -148,9 +167,12 @@ def try_(
     chosen = _handler(loaded, handler)
     from consumerd.commands.try_ import attempt  # noqa: PLC0415 - what only `try` needs
 
-    trial = _complete(attempt(loaded, chosen, count, first=from_beginning))
-    for line in [trial.text()] if output is Output.text else trial.lines():
-        typer.echo(line)
+    trials = _complete(attempt(loaded, chosen, count, first=from_beginning))
+    for trial in trials:
+        for line in [trial.text()] if output is Output.text else trial.lines():
+            typer.echo(line)
+    if not trials and output is Output.text:
+        typer.echo("The topics hold no message.")
 
 
 @app.command()

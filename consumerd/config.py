@@ -30,6 +30,7 @@ from consumerd.credentials import Secret, parse_dsn, parse_password
 from consumerd.paths import KeyFormat, Source, Unit
 from consumerd.scalars import (
     NO_REPEATS,
+    TOPIC_PLACE,
     UNSET,
     Count,
     Duration,
@@ -57,6 +58,7 @@ from consumerd.scalars import (
 
 ALWAYS_THERE: Final = ("@topic", "@partition", "@offset", "@value")
 """Sources that each message has."""
+QUOTE = '"'
 
 
 class _Section(BaseModel):
@@ -141,7 +143,8 @@ class TableConfig(_Section):
     """Where rows go, and how."""
 
     name: Annotated[str, must(is_table, 'must be "table" or "schema.table"')]
-    """The table, `table` or `schema.table`, resolved as psql does."""
+    """The table, `table` or `schema.table`, resolved as psql does. With `${topic}` in it each topic has a table of its
+    own: the part between dots that holds it is quoted, so `raw.${topic}` is `raw."Orders.v1"` for `Orders.v1`."""
     write: Literal["append", "skip-existing", "upsert"]
     """What a message does: `append` adds a row, `skip-existing` adds it unless a unique index of the table finds it
     there already, `upsert` adds or replaces the row of its key."""
@@ -165,6 +168,19 @@ class TableConfig(_Section):
     tombstone_key: dict[Identifier, KeySource] = Field(default={}, validate_default=True)
     """Where a tombstone's key comes from, for `tombstones = "delete"`: for each column of `key` either `"@key"`, the
     message's whole key, or `"@key.PATH"`, a path into it; see `key_format`."""
+
+    @property
+    def by_topic(self) -> bool:
+        """Whether each topic has a table of its own."""
+        return TOPIC_PLACE in self.name
+
+    def of(self, topic: str) -> str:
+        """Return the name of a topic's table."""
+        parts = [
+            f'"{part.strip(QUOTE).replace(TOPIC_PLACE, topic)}"' if TOPIC_PLACE in part else part
+            for part in self.name.split(".")
+        ]
+        return ".".join(parts)
 
     @field_validator("key")
     @classmethod

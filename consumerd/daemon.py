@@ -1,7 +1,8 @@
 """The daemon: starts every handler, stops them on a signal, and lives as long as that takes.
 
 SIGTERM or SIGINT drains: what is gathered is written, committed, and each handler leaves its group, all within
-`drain_timeout`. A second signal forces the exit; nothing is lost by that, because nothing unwritten was committed.
+`drain_timeout`. A second signal forces the exit; nothing is lost by that, because nothing unwritten was committed. With
+`--until-end` it stops by itself, in the same way.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from consumerd.http import HttpServer
 from consumerd.member import Member
 from consumerd.progress import total_lag
 from consumerd.topics import Topics
+from consumerd.until_end import UntilEnd
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from consumerd.config import Config
 
 log = logging.getLogger(__name__)
@@ -36,20 +40,26 @@ BASE_THREADS, THREADS_PER_HANDLER = 8, 3
 """For blocking calls to Kafka: one handler's letters, which may wait for long, take no thread from another's."""
 
 EXIT_OK = 0
+EXIT_FAILED = 1
 EXIT_NOT_DRAINED = 75
 
 
 class Daemon:
-    """One process: a member for each handler."""
+    """One process: a member for each handler, or for those that are named."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, names: Collection[str] = (), *, until_end: bool = False) -> None:
         with suppress(Outage):  # a secret that is not there is waited for
             Topics(config.kafka)  # a property that librdkafka does not know is a mistake of the configuration
         self._config = config
         self._started = time.time()
         self._stop = asyncio.Event()
-        memory = config.daemon.max_buffered // len(config.handlers)
-        self._members = [Member(config, handler, memory) for handler in config.handlers]
+        self._signalled = False
+        handlers = [handler for handler in config.handlers if not names or handler.name in names]
+        memory = config.daemon.max_buffered // len(handlers)
+        self._members = [Member(config, handler, memory) for handler in handlers]
+        self._until_end = until_end
+        self._ended = not until_end
+        """Whether all that is to be written before it stops by itself is written."""
 
     async def run(self) -> int:
         """Run until a signal; return the exit code."""
@@ -60,14 +70,17 @@ class Daemon:
         threads = ThreadPoolExecutor(BASE_THREADS + THREADS_PER_HANDLER * len(self._members), "blocking")
         asyncio.get_running_loop().set_default_executor(threads)
         tasks = [asyncio.create_task(m.run(), name=m.handler.name) for m in self._members]
-        heartbeat = asyncio.create_task(self._heartbeat(), name="heartbeat")
+        others = [asyncio.create_task(self._heartbeat(), name="heartbeat")]
+        if self._until_end:
+            others.append(asyncio.create_task(self._stop_at_the_end(), name="until end"))
         gc.freeze()
         gc.set_threshold(GC_ALLOCATIONS)
         try:
-            await self._until_stopped(tasks)
-            return await self._drain(tasks)
+            await self._until_stopped([*tasks, *others])
+            return await self._drain(tasks) or (EXIT_OK if self._ended else EXIT_FAILED)
         finally:
-            heartbeat.cancel()
+            for task in others:
+                task.cancel()
             http.close()
 
     def status(self) -> dict[str, Any]:
@@ -85,10 +98,11 @@ class Daemon:
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: int) -> None:
-        if self._stop.is_set():
+        if self._signalled:
             log.error("a second signal: leaving at once")
             logging.shutdown()
             os._exit(EXIT_NOT_DRAINED)
+        self._signalled = True
         log.info("stopping", extra={"signal": signal.Signals(number).name})
         self._stop.set()
 
@@ -100,6 +114,14 @@ class Daemon:
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+
+    async def _stop_at_the_end(self) -> None:
+        """Stop once each handler has written all that its topics held at the start, or cannot."""
+        ended = await asyncio.gather(*(UntilEnd(member).reached() for member in self._members))
+        self._ended = all(ended)
+        if not self._stop.is_set():
+            log.info("the end is reached: stopping" if self._ended else "the end cannot be reached: stopping")
+        self._stop.set()
 
     async def _drain(self, tasks: list[asyncio.Task[None]]) -> int:
         """Drain all handlers side by side, under one deadline."""

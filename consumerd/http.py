@@ -50,7 +50,9 @@ class HttpServer:
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
-            raise ConsumerdError(f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}") from error
+            raise ConsumerdError(
+                f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}; each daemon needs a port of its own"
+            ) from error
         self._server.daemon_threads = True
         self.address = f"{host}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()

@@ -121,8 +121,8 @@ class Listener(Protocol):
     def fill(self, in_transit: int) -> float:
         """Return the share of the buffer that is used, given bytes on their way to it; called on the thread."""
 
-    def pack(self, messages: list[Any]) -> Packed:
-        """Return what messages are as rows; called on the thread, in whose cache they are."""
+    def pack(self, partition: TopicPartition, messages: list[Any]) -> Packed:
+        """Return what messages of a partition are as rows; called on the thread, in whose cache they are."""
 
     def started(self, partition: TopicPartition, offset: int) -> None:
         """Take note that what is received of a partition from now on begins at an offset."""
@@ -167,7 +167,7 @@ class ConsumerThread(threading.Thread):
         self._most_bytes = min(CONSUME_BYTES, batch.max_bytes // 2)
         self._config = config
         self._topics = list(topics)
-        self._only = topics[0] if len(topics) == 1 and not topics[0].startswith("^") else ""
+        self._only = _only(topics)
         """The one topic that there can be messages of: they need not be asked for theirs."""
         self._listener = listener
         self._loop = asyncio.get_running_loop()
@@ -217,6 +217,14 @@ class ConsumerThread(threading.Thread):
     async def start_at(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Deliver messages of assigned partitions from these offsets on; those gone meanwhile are passed over."""
         await self._ask(lambda consumer: self._start_at(consumer, offsets))
+
+    async def hold(self, partitions: Sequence[TopicPartition]) -> None:
+        """Deliver nothing of partitions until they are started again."""
+        await self._ask(lambda consumer: self._hold(consumer, partitions))
+
+    async def subscribe(self, topics: Sequence[str]) -> None:
+        """Read these topics from now on: those of before, and others that have appeared."""
+        await self._ask(lambda consumer: self._subscribe_to(consumer, topics))
 
     async def stop_delivery(self) -> None:
         """Deliver no more messages; callbacks are served on. Raises Outage when there is no consumer just now."""
@@ -295,6 +303,10 @@ class ConsumerThread(threading.Thread):
     def _subscribe(self, consumer: ck.Consumer, topics: list[str]) -> None:
         consumer.subscribe(topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
+    def _subscribe_to(self, consumer: ck.Consumer, topics: Sequence[str]) -> None:
+        self._topics, self._only = list(topics), _only(topics)
+        self._subscribe(consumer, self._topics)
+
     def _turn(self, consumer: ck.Consumer) -> None:
         """One turn: what was asked for, commits, and what there is to consume."""
         self._serve(consumer)
@@ -351,9 +363,8 @@ class ConsumerThread(threading.Thread):
     def _chunk(self, partition: TopicPartition, messages: list[ck.Message]) -> Chunk:
         size = size_of(messages)  # type: ignore[arg-type]
         small = size <= PACKED_AT_ONCE * len(messages)
-        return Chunk(
-            partition, messages, size, self._listener.pack(messages) if small else Packed(messages=len(messages))
-        )
+        packed = self._listener.pack(partition, messages) if small else Packed(messages=len(messages))
+        return Chunk(partition, messages, size, packed)
 
     def _received(self, chunks: list[Chunk], size: int) -> None:
         self._listener.received(chunks)
@@ -398,6 +409,12 @@ class ConsumerThread(threading.Thread):
                 time.sleep(FULL_WAIT)
             else:
                 return
+
+    def _hold(self, consumer: ck.Consumer, partitions: Sequence[TopicPartition]) -> None:
+        ours = [partition for partition in partitions if partition in self._owned]
+        self._live.difference_update(ours)
+        if ours:
+            consumer.pause(brokers.positions(ours))
 
     def _finish(self, consumer: ck.Consumer) -> None:
         """Send the last commits and wait a little for their acknowledgement, while the callbacks still come."""
@@ -584,6 +601,11 @@ class ConsumerThread(threading.Thread):
     def _close_future(self) -> None:
         if not self.closed.done():
             self.closed.set_result(None)
+
+
+def _only(topics: Sequence[str]) -> str:
+    """Return the one topic that there is; nothing if there are others."""
+    return topics[0] if len(topics) == 1 and not topics[0].startswith("^") else ""
 
 
 def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:

@@ -1,12 +1,14 @@
-"""The table of a handler as it was last read from the catalog: how messages become its rows, and how these are written.
+"""The tables of a handler as they were last read from the catalog: how messages become rows, how these are written.
 
-A write uses one `Mapping` from its first step to its last; another writer may meanwhile have read the table again.
+A handler has one table, or one for each topic (`${topic}` in `table.name`). A write is of one table, and uses one
+`Mapping` from its first step to its last; another writer may meanwhile have read the table again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,11 @@ from consumerd import catalog, postgres
 from consumerd.encode import Encoder
 from consumerd.errors import ConfigError, Halt, TableChanged
 from consumerd.packed import Packed
+from consumerd.scalars import is_identifier
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
 from consumerd.sinks.skip_existing import SkipExisting
+from consumerd.sinks.staged import STAGING
 from consumerd.sinks.upsert import Upsert
 
 if TYPE_CHECKING:
@@ -96,23 +100,24 @@ class LiveTable:
 
     mapping: Mapping
 
-    def __init__(self, handler: HandlerConfig, connect: Callable[[], Awaitable[AsyncConnection[Any]]]) -> None:
+    def __init__(
+        self, handler: HandlerConfig, connect: Callable[[], Awaitable[AsyncConnection[Any]]], name: str, staging: str
+    ) -> None:
         self._handler = handler
         self._connect = connect
+        self._name = name
+        self._staging = staging
         self._reading = asyncio.Lock()
+        self.target = ""
+        """The table's identifier, once it was read."""
+        self.ready = False
+        """Whether it can be written to, as far as is known."""
 
-    async def read(self, conn: AsyncConnection[Any]) -> None:
-        """Read the table from the catalog; raises Halt for what does not fit it."""
-        config = self._handler.table
-        async with postgres.errors_of(conn):
-            privileges = PRIVILEGES[config.write] + PRIVILEGES.get(config.tombstones, ())
-            table = await catalog.load(conn, config.name, privileges)
-        try:
-            encoder = Encoder(table, self._handler)
-        except ConfigError as error:
-            raise Halt("table", str(error)) from error
-        sink = _sink(config, table, encoder.columns)
-        self.mapping = Mapping(encoder, sink, self._handler.transform is not None)
+    async def make_ready(self, conn: AsyncConnection[Any]) -> None:
+        """Read the table from the catalog if it is not ready; raises Halt for what does not fit it."""
+        async with self._reading:
+            if not self.ready:
+                await self._read(conn)
 
     async def follow(self, used: Mapping, changed: TableChanged) -> None:
         """Read the table again, unless that was done since; raises Halt when what was written to is gone."""
@@ -121,28 +126,91 @@ class LiveTable:
                 return
             conn = await self._connect()
             try:
-                await self.read(conn)
+                await self._read(conn)
             finally:
                 await conn.close()
-        old = used.encoder
-        if self.mapping.table == old.table:
+        if self.mapping.table == used.table:
             raise Halt("database", str(changed))
-        gone = [column.name for column in old.columns if self.mapping.table.column(column.name) is None]
-        if gone:
-            raise Halt(
-                "table",
-                f"column {', '.join(gone)} of table {old.table.name} is gone: rename it back, or map the new name "
-                f"under [columns], then restart; a restart alone goes on with the columns that are there",
-            )
-        log.info("the table has changed: read again from the catalog", extra={"handler": self._handler.name})
+        log.info(
+            "the table has changed: read again from the catalog",
+            extra={"handler": self._handler.name, "table": self._name},
+        )
+
+    async def _read(self, conn: AsyncConnection[Any]) -> None:
+        config = self._handler.table
+        if not all(is_identifier(part.strip('"')) for part in re.findall(r'"[^"]*"|[^".]+', self._name)):
+            raise Halt("table", f"{self._name} is a longer name than Postgres takes: give this topic its own handler")
+        async with postgres.errors_of(conn):
+            privileges = PRIVILEGES[config.write] + PRIVILEGES.get(config.tombstones, ())
+            table = await catalog.load(conn, self._name, privileges)
+        try:
+            encoder = Encoder(table, self._handler)
+        except ConfigError as error:
+            raise Halt("table", str(error)) from error
+        sink = _sink(config, table, encoder.columns, self._staging)
+        if self.target:
+            _refuse_lost_columns(self.mapping, table)
+        self.mapping = Mapping(encoder, sink, self._handler.transform is not None)
+        self.target, self.ready = table.identifier, True
 
 
-def _sink(config: TableConfig, table: Table, columns: tuple[Column, ...]) -> Sink:
+class LiveTables:
+    """The tables of a handler."""
+
+    def __init__(self, handler: HandlerConfig, connect: Callable[[], Awaitable[AsyncConnection[Any]]]) -> None:
+        self._handler = handler
+        self._connect = connect
+        self.by_topic = handler.table.by_topic
+        """Whether each topic has a table of its own: then one may be missing, and the others go on."""
+        self._tables: dict[str, LiveTable] = {}
+        self._one = None if self.by_topic else LiveTable(handler, connect, handler.table.name, STAGING)
+
+    def of(self, topic: str) -> LiveTable:
+        """Return the table of a topic."""
+        if self._one is not None:
+            return self._one
+        table = self._tables.get(topic)
+        if table is None:
+            staging = f"{STAGING}_{len(self._tables)}"  # made once in a session for each table, not at each turn
+            table = LiveTable(self._handler, self._connect, self._handler.table.of(topic), staging)
+            self._tables[topic] = table
+        return table
+
+    def target(self, topic: str) -> str:
+        """Return the identifier of a topic's table; nothing before that was read."""
+        return self.of(topic).target
+
+    async def start(self, conn: AsyncConnection[Any]) -> None:
+        """Read the one table; those of topics are read with the claims of their partitions."""
+        if self._one is not None:
+            await self._one.make_ready(conn)
+
+
+def _refuse_lost_columns(used: Mapping, table: Table) -> None:
+    """Halt when what was written to is gone: without `[columns]` it would be left out from now on without a word."""
+    gone = [column.name for column in used.encoder.columns if table.column(column.name) is None]
+    if gone:
+        raise Halt(
+            "table",
+            f"column {', '.join(gone)} of table {used.table.name} is gone: rename it back, or map the new name "
+            f"under [columns], then restart; a restart alone goes on with the columns that are there",
+        )
+
+
+def _sink(config: TableConfig, table: Table, columns: tuple[Column, ...], staging: str) -> Sink:
     match config.write:
         case "append":
             return Append(table, columns)
         case "skip-existing":
-            return SkipExisting(table, columns)
+            return SkipExisting(table, columns, staging=staging)
         case "upsert":
             deletes = config.tombstones == "delete"
-            return Upsert(table, columns, config.key, update=config.update, version=config.version, deletes=deletes)
+            return Upsert(
+                table,
+                columns,
+                config.key,
+                update=config.update,
+                version=config.version,
+                deletes=deletes,
+                staging=staging,
+            )

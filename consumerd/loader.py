@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from pydantic_core import ErrorDetails
 from consumerd.config import Config, HandlerConfig
 from consumerd.credentials import dsn_password_key, looks_secret, parse_property
 from consumerd.errors import ConfigError
+from consumerd.scalars import TOPIC_PLACE
 
 SYSTEM_FILE = Path("/etc/consumerd/consumerd.toml")
 LOCAL_FILE = Path("consumerd.toml")
@@ -121,6 +123,7 @@ def load(
     `path` None takes the search order: $CONSUMERD_CONFIG, ./consumerd.toml, /etc/consumerd/consumerd.toml.
     `overrides` are librdkafka properties (`-X prop=value`), which win over `[kafka.properties]`.
     """
+    environ = {"HOSTNAME": socket.gethostname(), **environ}  # shells and systemd have it, and do not export it
     main = _read(_find(path, environ), environ)
     config = _validate(Config, main, main.path.parent, path=main.path)
     properties, refused = _overrides(overrides)
@@ -213,7 +216,7 @@ def _read(path: Path, environ: Mapping[str, str]) -> _File:
 
 
 def _filled(path: KeyPath, value: Any, environ: Mapping[str, str], problems: list[Problem]) -> Any:  # noqa: ANN401 (TOML)
-    """Fill `${NAME}`, `${NAME:-default}` and `$$` into every string below `value`.
+    """Fill `${NAME}`, `${NAME:-default}` and `$$` into every string below `value`, but for the topic in a table's name.
 
     A password that should not be there is left as it is: it is refused later, and no part of it is taken for a name.
     """
@@ -231,6 +234,8 @@ def _filled(path: KeyPath, value: Any, environ: Mapping[str, str], problems: lis
         if name is None:
             sentence = 'after "${" stand a name and "}"; a dollar itself is written "$$"'
             problems.append(Problem(path=path, sentence=sentence))
+            return match[0]
+        if match[0] == TOPIC_PLACE and path == ("table", "name"):
             return match[0]
         found = environ.get(name)
         if found is None and default is None:

@@ -28,13 +28,15 @@ from consumerd.budget import divide
 from consumerd.checkpoint import Checkpoints, KafkaCheckpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
 from consumerd.errors import ConsumerdError, Halt, Outage, Rejected
+from consumerd.held_up import HeldUp
 from consumerd.kafka import ConsumerThread
-from consumerd.live_table import LiveTable
+from consumerd.live_table import LiveTables
 from consumerd.packed import Packed
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
 from consumerd.topics import Topics
 from consumerd.transformer import Transformer
+from consumerd.types import TopicPartition
 from consumerd.watch import Watch
 from consumerd.writer import Writer
 
@@ -44,16 +46,17 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.accumulator import Batch, FlushReason
+    from consumerd.brokers import Found
     from consumerd.config import Config, HandlerConfig
     from consumerd.errors import Refusal, Source
     from consumerd.kafka import Chunk
     from consumerd.topics import Topic
-    from consumerd.types import Message, TopicPartition
+    from consumerd.types import Message
     from consumerd.writer import Work
 
 log = logging.getLogger(__name__)
 
-MEMBER, CLAIM, CONSUMER, GROUP, TOPICS, WATCH = "member", "claim", "consumer", "group", "topics", "watch"
+MEMBER, CONSUMER, GROUP, TOPICS, PATTERNS, WATCH = "member", "consumer", "group", "topics", "patterns", "watch"
 """Who meets outages, beside the writers."""
 JOIN_VISIBLE_AFTER = 5.0
 """Seconds after which a handler that is not in its group yet says so."""
@@ -84,15 +87,16 @@ class Member:
         self.progress = Progress(handler.name)
         self.breaker = Breaker(handler.poison)
         self.letters = DeadLetters(config.kafka, handler)
-        self.table = LiveTable(handler, self.connect)
         self.transformer: Transformer | None = None
+        self.tables = LiveTables(handler, self.connect)
+        self.held_up = HeldUp(self)
         self.reconciler = Reconciler(self)
         self.checkpoints: Checkpoints | KafkaCheckpoints
         self._tails: dict[TopicPartition, float] = {}
         self._claiming: AsyncConnection[Any] | None = None
         self.watch = Watch(self._connect, handler.name, self.reconciler.soon)
         self.budget = divide(memory, handler)
-        self._batches = Accumulator(self.budget.batch)
+        self._batches = Accumulator(self.budget.batch, by_topic=self.tables.by_topic)
         self.limit = self.budget.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again later with each that it did not."""
         self._grow_from = 0.0
@@ -126,6 +130,7 @@ class Member:
                 tasks.create_task(self._claim_forever(), name=f"{name}: claim")
                 tasks.create_task(self._fail(), name=f"{name}: failure")
                 tasks.create_task(self._watch_topics(), name=f"{name}: topics")
+                tasks.create_task(self._follow_patterns(), name=f"{name}: patterns")
                 tasks.create_task(self.reconciler.run(), name=f"{name}: reconcile")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
@@ -158,9 +163,7 @@ class Member:
             self.transformer = Transformer(self.handler, self.budget.batch.max_bytes)
             await self.transformer.start()
         self._topics = Topics(self.config.kafka)
-        found = self._found = await self._topics.find(
-            self.handler.topics, [handler.dead_letter.topic for handler in self.config.handlers]
-        )
+        found = self._found = await self._topics.find(self.handler.topics, self._letters_of_all())
         if self.handler.poison.action == "dead-letter":
             self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
@@ -168,12 +171,11 @@ class Member:
             schema, group = self.config.postgres.schema_name, self.handler.group_id
             if self.handler.checkpoint == "postgres":
                 await ensure_schema(conn, schema)
-            await self.table.read(conn)
-            target = self.table.mapping.table.identifier
+            await self.tables.start(conn)
             self.checkpoints = (
-                Checkpoints(schema, group, target)
+                Checkpoints(schema, group, self.tables.target)
                 if self.handler.checkpoint == "postgres"
-                else KafkaCheckpoints(group, target)
+                else KafkaCheckpoints(group, self.tables.target)
             )
             store = await self.checkpoints.store(conn)
         finally:
@@ -193,6 +195,9 @@ class Member:
         self._thread.start()
         self.recovered(MEMBER)
         asyncio.get_running_loop().call_later(JOIN_VISIBLE_AFTER, self._still_outside)
+
+    def _letters_of_all(self) -> list[str]:
+        return [handler.dead_letter.topic for handler in self.config.handlers]
 
     def _still_outside(self) -> None:
         """Say that the group has not let this member in yet."""
@@ -216,6 +221,35 @@ class Member:
             gone = [partition for partition in self.assignment.leases if partition.topic in halt.topics]
             await self._flush(gone, "drain", None)
             raise halt
+
+    async def _follow_patterns(self) -> None:
+        """Look now and then for topics that have come to match a pattern."""
+        if not any(topic.startswith("^") for topic in self.handler.topics):
+            return
+        while (interval := self._topics.look_interval) is not None:
+            await asyncio.sleep(interval)
+            await self.retry(PATTERNS, self._take_up_topics)
+
+    async def _take_up_topics(self) -> None:
+        """Read topics that have appeared; but one whose letters would not fit stops nobody else."""
+        assert self._thread is not None  # noqa: S101 - it was started
+        new = await self._topics.appeared(self.handler.topics, self._letters_of_all(), self._found)
+        self.recovered(PATTERNS, "kafka")
+        refused = []
+        for name in list(new):
+            try:
+                await self._topics.ensure_dead_letter(self.handler.dead_letter, [name])
+            except Halt as halt:
+                del new[name]
+                refused.append(f"topic {name} is not read, the others are: {halt}")
+        if new:
+            log.info("topics appeared", extra={"handler": self.handler.name, "topics": " ".join(new)})
+            self._found.update(new)
+            await self._thread.subscribe(sorted(self._found))
+        if refused:
+            self.progress.outage("dead_letter", "; ".join(refused), PATTERNS)
+        else:
+            self.recovered(PATTERNS)
 
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""
@@ -324,6 +358,21 @@ class Member:
             lambda: self.committed(work) or sum(self.holds(batch, lease) for batch, lease in work) < held, None
         )
 
+    async def hold(self, partitions: Sequence[TopicPartition]) -> None:
+        """Have nothing more of partitions delivered, until they are claimed again."""
+        if self._thread is not None:
+            await self._thread.hold(partitions)
+
+    async def found(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
+        """Ask the brokers about partitions; raises Outage."""
+        return await self._thread.found(partitions) if self._thread is not None else {}
+
+    @property
+    def partitions(self) -> list[TopicPartition]:
+        """Return all partitions of the handler's topics; none before it has begun."""
+        topics = self._found.values() if self._thread is not None else ()
+        return [TopicPartition(topic.name, number) for topic in topics for number in range(topic.partitions)]
+
     async def confirm_topics(self, arrived: float) -> None:
         """Make sure that what arrived at a time came of the topics that the offsets belong to; raises Halt, Outage."""
         await self._topics.confirm(self._found, arrived)
@@ -368,10 +417,10 @@ class Member:
         """Return the share of the buffer that is used: of its memory, or of what keeps every connection busy."""
         return max((self._batches.memory + in_transit) / self.budget.full, self._batches.messages / self.budget.enough)
 
-    def pack(self, messages: list[Any]) -> Packed:
+    def pack(self, partition: TopicPartition, messages: list[Any]) -> Packed:
         """Return what messages are as rows of the table as it is known now; called on the Kafka thread."""
         try:
-            return self.table.mapping.pack(messages)
+            return self.tables.of(partition.topic).mapping.pack(messages)
         except Rejected:  # found again, and which, by whoever writes it
             return Packed(messages=len(messages))
 
@@ -431,7 +480,7 @@ class Member:
             await self._settle(partitions, deadline)
         self.release(partitions)
         self.breaker.forget(partitions)
-        self._tell_held_up()
+        self.held_up.tell()
         self.progress.rebalanced(len(self.assignment.assigned), revoked=partitions)
 
     def lost(self, partitions: list[TopicPartition], why: str) -> None:
@@ -439,7 +488,7 @@ class Member:
         self.assignment.lose(partitions)
         self.release(partitions)
         self.breaker.forget(partitions)
-        self._tell_held_up()
+        self.held_up.tell()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
         if self.progress.state != "halted":
             self.progress.outage("kafka", f"group {self.handler.group_id} has let this member go: {why}", GROUP)
@@ -520,7 +569,7 @@ class Member:
         """Claim assigned partitions and have them delivered."""
         conn = self._claiming = await self.connect(claims=True)
         try:
-            leases = await self.assignment.claim(partitions, conn)
+            leases = await self.assignment.claim(await self.held_up.look(conn, partitions), conn)
         finally:
             self._claiming = None
             await conn.close()
@@ -532,15 +581,7 @@ class Member:
             await self.assignment.deliver(leases)
         self.recovered(MEMBER)
         self.progress.joined()
-        self._tell_held_up()
-
-    def _tell_held_up(self) -> None:
-        """Show what keeps assigned partitions from being read."""
-        if held_up := self.assignment.held_up:
-            outage = next(iter(held_up.values()))
-            self.progress.outage(outage.source, str(outage), CLAIM)
-        else:
-            self.recovered(CLAIM)
+        self.held_up.tell()
 
     def release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""

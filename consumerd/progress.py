@@ -158,6 +158,16 @@ class Progress:
         metrics.messages_consumed.labels(*labels)
         metrics.rows_written.labels(*labels)
 
+    def waits(self, partition: TopicPartition, checkpoint: int, *, oldest: int = 0, end: int = 0) -> None:
+        """Note where a partition stands that is not read for now.
+
+        If it is known: `oldest`, when the first message from there on came (ms), and `end`, to where there are some.
+        """
+        self.high[partition] = max(self.high.get(partition, 0), end)
+        progress = self.partitions.setdefault(partition, PartitionProgress(checkpoint, oldest=oldest, caught_up=True))
+        progress.checkpoint = checkpoint
+        self._look(partition, progress)
+
     def released(self, partition: TopicPartition) -> None:
         """Forget a partition, and its gauges: another member's are right from now on."""
         if self.partitions.pop(partition, None):

@@ -28,6 +28,8 @@ MAX_PORT = 65_535
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 _BYTES: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+TOPIC_PLACE: Final = "${topic}"
+"""Where the topic's name stands in `table.name`."""
 _TOPIC_RULE = "must be a Kafka topic name: 1 to 249 of A-Z a-z 0-9 . _ -"
 
 

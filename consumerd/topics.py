@@ -52,6 +52,15 @@ PASSING = {
 }
 """What brokers answer that cannot do it now (Kafka's table of error codes); `KafkaError.retriable()` is True for none.
 """
+LETTERS = ".dlq"
+"""How the name of a dead-letter topic ends unless it was configured otherwise: those of another daemon, which are not
+known here, would be read by one that matches all, and its letters by that one."""
+INTERNAL = {"__consumer_offsets", "__transaction_state", "__share_group_state"}
+"""Kafka's own topics."""
+LOOK_FOR_TOPICS = 10.0
+"""Seconds between two looks for topics that a pattern matches, unless topic.metadata.refresh.interval.ms says other."""
+LEAST_LOOK = 100
+"""Milliseconds of it at least."""
 LETTER_HEADROOM = 64 * 1024
 """Bytes by which a letter may be larger than its message: the headers that say why."""
 
@@ -65,6 +74,8 @@ class Topic:
     topic_id: str | None
     matched: bool = False
     """It was found by a pattern, not named."""
+    late: bool = False
+    """It appeared while the handler ran."""
 
 
 class TopicGone(Halt):
@@ -101,11 +112,11 @@ class Topics:
     async def find(self, patterns: Iterable[str], never: Iterable[str]) -> dict[str, Topic]:
         """Return the topics that are named, or match a pattern (`^...`); raises Halt when a named one is missing.
 
-        `never` are the dead-letter topics of all handlers: no pattern takes them.
+        `never` are the dead-letter topics of all handlers: no pattern takes them, nor any `*.dlq`, nor Kafka's own.
         """
         there = await self._call(self._partitions)
-        named = [name for name in patterns if not name.startswith("^")]
-        missing = [name for name in named if name not in there]
+        named = {name for name in patterns if not name.startswith("^")}
+        missing = sorted(named - there.keys())
         if missing:
             if self._kafka.admin:
                 await self._call(self._ids, missing)  # of one that this principal may not see brokers say so here
@@ -114,18 +125,42 @@ class Topics:
                 f"topic {', '.join(missing)} does not exist; make it: kafka-topics --create --topic {missing[0]} "
                 f"--partitions 6 --bootstrap-server {self._kafka.bootstrap_servers}; or correct `topics`",
             )
-        matching = [re.compile(pattern) for pattern in patterns if pattern.startswith("^")]
-        matched = {name for name in there if any(pattern.search(name) for pattern in matching)}
-        names = sorted({*named, *(matched - set(never))})
-        if not names:
+        matched = _matched(there, patterns, never) - named
+        if not named and not matched:
             raise Halt("topic", f"no topic matches {', '.join(patterns)}: correct `topics`, or make the topic")
+        ids = await self._known(named | matched)
+        return {
+            name: Topic(name=name, partitions=there[name], topic_id=ids.get(name), matched=name in matched)
+            for name in sorted(named | matched)
+        }
+
+    async def appeared(
+        self, patterns: Iterable[str], never: Iterable[str], known: Mapping[str, Topic]
+    ) -> dict[str, Topic]:
+        """Return the topics that match a pattern by now, besides those that are known."""
+        there = await self._call(self._partitions)
+        new = _matched(there, patterns, never) - known.keys()
+        ids = await self._known(new) if new else {}
+        return {
+            name: Topic(name=name, partitions=there[name], topic_id=ids.get(name), matched=True, late=True)
+            for name in sorted(new)
+        }
+
+    @property
+    def look_interval(self) -> float | None:
+        """Seconds between two looks for topics that have appeared; None: never."""
+        given = self._kafka.properties.get("topic.metadata.refresh.interval.ms")
+        if not isinstance(given, str):
+            return LOOK_FOR_TOPICS
+        return max(int(given), LEAST_LOOK) / 1000 if int(given) > 0 else None
+
+    async def _known(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the ids of topics, as far as they are asked for."""
+        names = sorted(names)
         ids = await self._call(self._ids, names) if self._kafka.admin else {}
         if self._kafka.admin and len(ids) < len(names):
             raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers}: brokers do not agree on topics yet")
-        return {
-            name: Topic(name=name, partitions=there[name], topic_id=ids.get(name), matched=name not in named)
-            for name in names
-        }
+        return ids
 
     async def watch(self, topics: Mapping[str, Topic]) -> TopicGone | None:
         """Look now and then whether topics are the same ones; return the halt for one that is gone, or another."""
@@ -281,6 +316,17 @@ def meaning(error: KafkaError, bootstrap: str) -> Outage | Halt:
     if error.code() in PASSING or error.code() < 0:  # librdkafka's own codes: no answer came from a broker
         return Outage("kafka", sentence)
     return Halt("kafka", f"{sentence}; grant it to this principal or correct the configuration")
+
+
+def _matched(there: Iterable[str], patterns: Iterable[str], never: Iterable[str]) -> set[str]:
+    """Return the topics that a pattern takes."""
+    matching = [re.compile(pattern) for pattern in patterns if pattern.startswith("^")]
+    passed_over = {*never, *INTERNAL}
+    return {
+        name
+        for name in there
+        if name not in passed_over and not name.endswith(LETTERS) and any(p.search(name) for p in matching)
+    }
 
 
 def missing(gone: list[str], topics: Mapping[str, Topic]) -> TopicGone:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from consumerd.postgres import Statement, TransactionId
 
 Work = list[tuple["Batch", Lease]]
-"""Batches of one write, each with the lease that its partition had when it was taken."""
+"""Batches of one write, all for one table, each with the lease that its partition had when it was taken."""
 
 FRUITLESS_ISOLATIONS = 5
 """Times that one message's row may be refused by a write and not in isolation, before that is a halt."""
@@ -47,7 +47,8 @@ class Writer:
         self._member = member
         self._name = name
         self._conn: AsyncConnection[Any] | None = None
-        self._prepared: Mapping | None = None
+        self._prepared: dict[str, Mapping] = {}
+        """For which mapping of each table the connection was made ready."""
         self.work: Work = []
         """What is being written now."""
         self.writing = False
@@ -84,13 +85,17 @@ class Writer:
         try:
             await self._member.retry(self._name, self._until_settled, work)
         except Halt as halt:
+            if await self._member.held_up.hold(work, halt):
+                self._member.recovered(self._name)
+                return
             where = ", ".join(f"{b.partition} offsets {b.first_offset}..{b.next_offset - 1}" for b, _ in work)
             raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)") from halt
         self._member.recovered(self._name)
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
-            mapping = self._member.table.mapping
+            table = self._member.tables.of(work[0][0].partition.topic)
+            mapping = table.mapping
             try:
                 if self._doubt is not None:
                     await self._settle_doubt(*self._doubt)
@@ -100,7 +105,7 @@ class Writer:
                     await self._member.wait_for_commits(work)
             except TableChanged as changed:
                 _forget_refusals(work)
-                await self._member.table.follow(mapping, changed)
+                await table.follow(mapping, changed)
             except Fenced:
                 await self._member.reconciler.fenced(work)
             except Outage as outage:
@@ -220,7 +225,7 @@ class Writer:
 
     async def _settle_doubt(self, transaction: TransactionId, work: Work) -> None:
         """Ask what became of a COMMIT that was not answered; raises Outage while the server does not know."""
-        conn = await self._connection(self._member.table.mapping)
+        conn = await self._connection(self._member.tables.of(work[0][0].partition.topic).mapping)
         if await postgres.was_committed(conn, transaction):
             self._member.written([(batch, lease) for batch, lease in work if self._member.holds(batch, lease)], 0.0)
         self._doubt = None
@@ -304,11 +309,11 @@ class Writer:
         """Return the open connection, made ready for the sink."""
         if self._conn is None or self._conn.closed:
             self._conn = await self._member.connect()
-            self._prepared = None
-        if self._prepared is not mapping:
+            self._prepared = {}
+        if self._prepared.get(mapping.table.name) is not mapping:
             async with postgres.transaction(self._conn):
                 await mapping.sink.prepare(self._conn)
-            self._prepared = mapping
+            self._prepared[mapping.table.name] = mapping
         return self._conn
 
 

@@ -21,7 +21,7 @@ from consumerd.commands import acls
 from consumerd.commands.tables import aligned
 from consumerd.decide import Committed, decide, decide_by_kafka, decode_stamp
 from consumerd.errors import ConfigError, Halt, Outage
-from consumerd.live_table import LiveTable
+from consumerd.live_table import LiveTables
 from consumerd.topics import Topics, meaning
 from consumerd.types import TopicPartition
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from consumerd.brokers import Found
     from consumerd.config import Config, HandlerConfig
+    from consumerd.live_table import LiveTable
     from consumerd.topics import Topic
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class Check:
     async def _handler(
         self, handler: HandlerConfig, topics: Topics | None, conn: AsyncConnection[Any] | None, *, schema: bool
     ) -> None:
-        name, found, table = handler.name, None, None
+        name, found = handler.name, None
         if topics is not None:
             never = [each.dead_letter.topic for each in self._config.handlers]
             found = await self._step(name, "topics", topics.find(handler.topics, never), _told)
@@ -120,12 +121,13 @@ class Check:
                 ),
             )
         if conn is not None:
-            table = LiveTable(handler, partial(postgres.connect, self._config.postgres, "consumerd/check"))
-            read = await self._step(name, "table", self._table(table, conn), lambda told: told)
-            if found and read is not None:
-                await self._step(
-                    name, "checkpoint", self._checkpoint(handler, found, conn, table, schema=schema), lambda told: told
-                )
+            tables = LiveTables(handler, partial(postgres.connect, self._config.postgres, "consumerd/check"))
+            for topic in sorted(found or ()) if tables.by_topic else [handler.topics[0]]:
+                await self._step(name, "table", self._table(tables.of(topic), conn), lambda told: told)
+            ready = {topic: it for topic, it in (found or {}).items() if tables.of(topic).ready}
+            if ready:
+                looking = self._checkpoint(handler, ready, conn, tables, schema=schema)
+                await self._step(name, "checkpoint", looking, lambda told: told)
 
     async def _acls(self, handler: HandlerConfig, topics: Topics, found: Mapping[str, Topic]) -> None:
         if not self._config.kafka.admin:
@@ -156,7 +158,7 @@ class Check:
         return False
 
     async def _table(self, table: LiveTable, conn: AsyncConnection[Any]) -> str:
-        await table.read(conn)
+        await table.make_ready(conn)
         columns = ", ".join(column.name for column in table.mapping.encoder.columns)
         return f"{table.mapping.table.name} takes {columns}"
 
@@ -165,19 +167,19 @@ class Check:
         handler: HandlerConfig,
         found: Mapping[str, Topic],
         conn: AsyncConnection[Any],
-        table: LiveTable,
+        tables: LiveTables,
         *,
         schema: bool,
     ) -> str:
         """Settle where each partition would go on, as an assignment does; raises what it would halt with."""
         partitions = [TopicPartition(topic.name, n) for topic in found.values() for n in range(topic.partitions)]
         seen = await asyncio.to_thread(self._found, handler, partitions)
-        target, group = table.mapping.table.identifier, handler.group_id
+        group = handler.group_id
         by_kafka = handler.checkpoint == "kafka" or not schema
         checkpoints = (
-            KafkaCheckpoints(group, target)
+            KafkaCheckpoints(group, tables.target)
             if by_kafka
-            else Checkpoints(self._config.postgres.schema_name, group, target)
+            else Checkpoints(self._config.postgres.schema_name, group, tables.target)
         )
         stored, store = await checkpoints.look(conn, partitions, found), await checkpoints.store(conn)
         begins = 0
@@ -189,7 +191,13 @@ class Check:
                 decision = decide_by_kafka(partition, committed, group=group, topic_id=topic_id, bootstrap=bootstrap)
             else:
                 decision = decide(
-                    partition, stored[partition], committed, store=store, group=group, topic_id=topic_id, target=target
+                    partition,
+                    stored[partition],
+                    committed,
+                    store=store,
+                    group=group,
+                    topic_id=topic_id,
+                    target=tables.target(partition.topic),
                 )
             begins += decision.offset is None
             self._require(partition, decision.offset, at, group)

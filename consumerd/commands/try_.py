@@ -22,7 +22,7 @@ from consumerd.commands.sample import sample
 from consumerd.commands.tables import aligned
 from consumerd.formats.values import FORMS
 from consumerd.isolate import isolate
-from consumerd.live_table import LiveTable
+from consumerd.live_table import LiveTables
 from consumerd.topics import Topics
 from consumerd.transformer import Transformer
 from consumerd.types import TopicPartition
@@ -123,25 +123,37 @@ class Trial:
         }
 
 
-async def attempt(config: Config, handler: HandlerConfig, count: int, *, first: bool) -> Trial:
-    """Try the first or the last messages of a handler's topics; raises Outage, Halt."""
+async def attempt(config: Config, handler: HandlerConfig, count: int, *, first: bool) -> list[Trial]:
+    """Try the first or the last messages of a handler's topics, for each table apart; raises Outage, Halt."""
     topics = Topics(config.kafka)
     found = await topics.find(handler.topics, [each.dead_letter.topic for each in config.handlers])
     partitions = [TopicPartition(topic.name, number) for topic in found.values() for number in range(topic.partitions)]
     connect = partial(postgres.connect, config.postgres, f"consumerd/try-{handler.name}")
     conn = await connect()
     try:
-        table = LiveTable(handler, connect)
-        await table.read(conn)
+        tables = LiveTables(handler, connect)
         messages = await asyncio.to_thread(sample, config.kafka, partitions, count, first=first)
-        tried = _decode(table.mapping, messages, await _transformed(handler, messages))
-        await _note_what_was_written(config, handler, conn, table.mapping, tried)
-        await _write(conn, table.mapping, [each for each in tried if each.rows and not each.before])
+        trials = []
+        for topic in sorted(found) if tables.by_topic else sorted(found)[:1]:
+            its = [message for message in messages if message.topic() == topic] if tables.by_topic else messages
+            if its or not tables.by_topic:
+                await tables.of(topic).make_ready(conn)
+                trials.append(await _trial(config, handler, conn, tables.of(topic).mapping, its))
     finally:
         await conn.close()
-    columns = table.mapping.encoder.columns
+    return trials
+
+
+async def _trial(
+    config: Config, handler: HandlerConfig, conn: AsyncConnection[Any], mapping: Mapping, messages: Sequence[Any]
+) -> Trial:
+    """Try messages of one table."""
+    tried = _decode(mapping, messages, await _transformed(handler, messages))
+    await _note_what_was_written(config, handler, conn, mapping, tried)
+    await _write(conn, mapping, [each for each in tried if each.rows and not each.before])
+    columns = mapping.encoder.columns
     return Trial(
-        table=table.mapping.table.name,
+        table=mapping.table.name,
         columns=tuple(column.name for column in columns),
         oids=tuple(column.oid for column in columns),
         tried=tried,
@@ -195,7 +207,7 @@ async def _note_what_was_written(
     schema = config.postgres.schema_name
     if handler.table.write != "append" or handler.checkpoint != "postgres" or not await schema_is_there(conn, schema):
         return
-    checkpoints = Checkpoints(schema, handler.group_id, mapping.table.identifier)
+    checkpoints = Checkpoints(schema, handler.group_id, lambda _: mapping.table.identifier)
     stands = await checkpoints.read(conn, sorted({each.partition for each in tried}))
     for each in tried:
         stand = stands.get(each.partition)

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class SkipExisting(Staged):
     """Insert what is not there yet."""
 
-    def __init__(self, table: Table, columns: tuple[Column, ...]) -> None:
-        super().__init__(table, columns, straight=True, deletes=False)
+    def __init__(self, table: Table, columns: tuple[Column, ...], *, staging: str = STAGING) -> None:
+        super().__init__(table, columns, straight=True, deletes=False, staging=staging)
         self._names = {
             "target": sql.SQL(table.identifier),
             "columns": sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
-            "staging": STAGING,
+            "staging": self._staging,
             "ordinal": sql.Identifier(ORDINAL),
         }
         self._insert = (

@@ -57,16 +57,19 @@ class Upsert(Staged):
         update: tuple[str, ...] | None = None,
         version: str | None = None,
         deletes: bool = False,
+        staging: str = STAGING,
     ) -> None:
         names = [column.name for column in columns]
         changing = [name for name in names if name not in key and (update is None or name in update)]
-        super().__init__(table, columns, straight=bool(changing) and not deletes, key=key, deletes=deletes)
+        super().__init__(
+            table, columns, straight=bool(changing) and not deletes, key=key, deletes=deletes, staging=staging
+        )
         self._deletes = deletes
         self._names: dict[str, sql.Composable] = {
             "target": sql.SQL(table.identifier),
             "columns": _listed(names),
             "key": _listed(key),
-            "staging": STAGING,
+            "staging": self._staging,
             "ordinal": sql.Identifier(ORDINAL),
             "deletes": sql.Identifier(DELETES),
             "same": sql.SQL(" AND ").join(

@@ -51,7 +51,7 @@ class Alone(ConsumerThread):
         self._listener = cast("Any", self)
         self.chunks: Told = []
 
-    def pack(self, messages: list[Message]) -> Packed:
+    def pack(self, _: TopicPartition, messages: list[Message]) -> Packed:
         """Leave it for later: it is a step of its own."""
         return Packed(messages=len(messages))
 

@@ -11,6 +11,7 @@ from consumerd.config import HandlerConfig, PostgresConfig
 from consumerd.encode import OWN_DEFAULT
 from consumerd.errors import Halt, Refusal
 from consumerd.live_table import LiveTable
+from consumerd.sinks.staged import STAGING
 from tests.servers.sql import execute
 from tests.unit.test_json import Fake
 
@@ -30,10 +31,10 @@ async def read(database: str, make: str, **keys: object) -> LiveTable:
     handler = HandlerConfig.model_validate(
         {"name": "t", "path": Path("t.toml"), "topics": ["t"], "table": {"name": "t", "write": "append"}, **keys}
     )
-    table = LiveTable(handler, lambda: connected(database))
+    table = LiveTable(handler, lambda: connected(database), "t", STAGING)
     conn = await connected(database)
     try:
-        await table.read(conn)
+        await table.make_ready(conn)
     finally:
         await conn.close()
     return table

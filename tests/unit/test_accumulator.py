@@ -210,6 +210,22 @@ def test_several_partitions_in_one_write() -> None:
         assert offsets(it.take(1.0)) == [(2, [0, 1])]
 
 
+def test_a_write_of_one_topic() -> None:
+    """Where each topic has a table of its own a write is of one topic: rows, and what only moves checkpoints."""
+    other = TopicPartition("clicks", 0)
+    it = Accumulator(WIDE, by_topic=True)
+    for partition, now in ((B, 0.1), (other, 0.2), (A, 0.3)):
+        it.open(partition)
+        add(it, partition, fakes(0, 2), now)
+    taken = [it.take(1.2), it.take(1.2), it.take(1.2)]
+    assert [[batch.partition for batch in batches] for batches in taken] == [[B, A], [other], []]
+    for partition in (B, other, A):
+        it.open(partition)
+        it.tail(partition, 0, 5)
+    taken = [it.take(1.2), it.take(1.2), it.take(1.2)]
+    assert [[batch.partition for batch in batches] for batches in taken] == [[B, A], [other], []]
+
+
 def test_hurry() -> None:
     """What is hurried is due at once, for the reason given, until it is closed; others are not."""
     it = gathered(WIDE, A, B)

@@ -17,10 +17,13 @@ class Checkpoints:
     """Lets each claim succeed, and then a zombie's come before it is placed, unless told otherwise."""
 
     mode = "postgres"
-    target = "orders"
 
     def __init__(self, *, placed: bool) -> None:
         self._placed = placed
+
+    def target(self, _: str) -> str:
+        """Return the one table."""
+        return "orders"
 
     async def claim(self, _: object, partitions: list[TopicPartition], *__: object) -> dict[TopicPartition, Stored]:
         """Claim them."""

@@ -260,6 +260,24 @@ def test_table_names(name: str) -> None:
     assert TableConfig(name=name, write="append").name == name
 
 
+@pytest.mark.parametrize(
+    ("name", "by_topic", "table"),
+    [
+        ("orders", False, "orders"),
+        ("Sales.Orders", False, "Sales.Orders"),
+        ("${topic}", True, '"Orders.v1-eu"'),
+        ("raw.${topic}", True, 'raw."Orders.v1-eu"'),
+        ('raw."${topic}"', True, 'raw."Orders.v1-eu"'),
+        ("raw.t_${topic}_x", True, 'raw."t_Orders.v1-eu_x"'),
+        ("${topic}.events", True, '"Orders.v1-eu".events'),
+    ],
+)
+def test_the_table_of_a_topic(name: str, by_topic: bool, table: str) -> None:
+    """`${topic}` is the topic's whole name; the part that holds it is quoted, the other is as psql takes it."""
+    it = TableConfig(name=name, write="append")
+    assert (it.by_topic, it.of("Orders.v1-eu")) == (by_topic, table)
+
+
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a.b.c", " ", "x" * 64, "a\0"])
 def test_other_table_names_are_refused(name: str) -> None:
     """No part of a table's name is empty or too long for Postgres."""

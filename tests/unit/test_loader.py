@@ -1,5 +1,6 @@
 """Files are found and read, and every mistake of all of them is told at its line."""
 
+import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -291,6 +292,22 @@ def test_unset_variable_is_told_once(folder: Path) -> None:
             "a default is written ${NO_SUCH:-…}"
         )
     ]
+
+
+def test_the_topic_in_a_tables_name_is_no_variable(folder: Path) -> None:
+    """`${topic}` in `table.name` stays, whatever the environment holds; elsewhere, and others there, are filled in."""
+    path = folder / "handlers" / "orders.toml"
+    text = HANDLER.replace('topics = ["orders"]', 'topics = ["${topic}"]')
+    path.write_text(text.replace('name = "orders"', 'name = "${SCHEMA}.${topic}"'))
+    (handler,) = load(None, environ={"topic": "filled", "SCHEMA": "raw"}).handlers
+    assert (handler.topics, handler.table.name) == (("filled",), "raw.${topic}")
+
+
+def test_the_hosts_name_is_there_though_nobody_exports_it(folder: Path) -> None:
+    """`${HOSTNAME}` is the machine's name, unless the environment has another: shells and systemd do not export it."""
+    (folder / "consumerd.toml").write_text(DAEMON.replace("[kafka]", '[kafka]\ngroup_instance_id = "${HOSTNAME}-1"'))
+    assert load(None, environ={}).kafka.group_instance_id == f"{socket.gethostname()}-1"
+    assert load(None, environ={"HOSTNAME": "pod-7"}).kafka.group_instance_id == "pod-7-1"
 
 
 @pytest.mark.parametrize("text", ["${", "${}", "${A", "${A-b}", "${1}", "${A B}"])

@@ -143,7 +143,7 @@ def test_large_messages_are_packed_when_written(length: int, packed: bool) -> No
     """What comes is packed at once, but for messages so large that they should not be in memory twice."""
     messages: list[Any] = [Message("v" * length)] * 3
     thread = ConsumerThread.__new__(ConsumerThread)
-    thread._listener = cast("Any", SimpleNamespace(pack=lambda them: Packed(messages=len(them), rows=len(them))))
+    thread._listener = cast("Any", SimpleNamespace(pack=lambda _, them: Packed(messages=len(them), rows=len(them))))
     chunk = thread._chunk(TopicPartition("o", 0), messages)
     assert (chunk.size, chunk.packed.messages, chunk.packed.rows) == (3 * length, 3, 3 if packed else 0)
 
@@ -151,9 +151,10 @@ def test_large_messages_are_packed_when_written(length: int, packed: bool) -> No
 def test_no_binary_form_when_it_comes() -> None:
     """A row without a binary form is left to who writes it: the thread that reads goes on."""
     member = Member.__new__(Member)
-    member.table = cast("Any", SimpleNamespace(mapping=Fake()))
-    assert member.pack(list("ab")).data == b"ab"
-    assert not (left := member.pack(list("axb"))).rows
+    member.tables = cast("Any", SimpleNamespace(of=lambda _: SimpleNamespace(mapping=Fake())))
+    partition = TopicPartition("o", 0)
+    assert member.pack(partition, list("ab")).data == b"ab"
+    assert not (left := member.pack(partition, list("axb"))).rows
     assert (left.messages, left.mapping) == (3, None)
 
 

@@ -9,7 +9,7 @@ import pytest
 from consumerd import topics
 from consumerd.config import KafkaConfig
 from consumerd.errors import Halt, Outage
-from consumerd.topics import Topic, Topics, missing
+from consumerd.topics import Topic, Topics, _matched, missing
 
 ORDERS = Topic(name="orders", partitions=1, topic_id="a")
 Watch = Callable[[Iterable[str]], Awaitable[Halt | None]]
@@ -64,6 +64,21 @@ async def test_a_topic_that_is_unknown_around_something_else_is_not_gone(watched
 async def test_another_topic_of_the_same_name_halts(watched: Watch) -> None:
     """Rule 10: an id that is another one is another topic."""
     assert "deleted and made again" in str(await watched(["a", "unknown", "b"]))
+
+
+def test_what_a_pattern_never_takes() -> None:
+    """Rule 24: no dead-letter topic of any handler, no `*.dlq` (another daemon's), none of Kafka's own."""
+    there = ["orders", "letters", "orders.dlq", "__consumer_offsets", "__mine", "orders.dlq.v2"]
+    assert _matched(there, ["letters", "^.*"], ["letters"]) == {"orders", "__mine", "orders.dlq.v2"}
+    assert _matched(there, ["letters"], []) == set()
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 10.0), ("2500", 2.5), ("10", 0.1), ("-1", None)])
+def test_how_often_a_pattern_is_looked_up(given: str | None, seconds: float | None) -> None:
+    """As often as librdkafka's own property says, else each ten seconds; never for a negative one."""
+    properties = {} if given is None else {"topic.metadata.refresh.interval.ms": given}
+    kafka = KafkaConfig.model_validate({"bootstrap_servers": "127.0.0.1:1", "properties": properties})
+    assert Topics(kafka).look_interval == seconds
 
 
 def test_the_way_on_for_a_topic_that_is_gone() -> None:
