@@ -121,6 +121,41 @@ def setup(
 
 
 @app.command()
+def init(
+    topic: Annotated[str, typer.Argument(metavar="TOPIC")],
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table or schema.table; proposed if it is not there.")],
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    *,
+    log_level: LevelOption = None,
+    output: OutputOption = Output.text,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", metavar="COLUMN", help="The key, for upsert; may be repeated.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The handler's name. Default: the table's.")] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Messages to learn from.")] = 1000,
+    execute: Annotated[
+        bool, typer.Option("--execute", help="Write the file; make table, schema and dead-letter topic if missing.")
+    ] = False,
+) -> None:
+    """Propose a handler's file for a topic and a table, from the last messages and the catalog; no file is overwritten.
+
+    A dry run without --execute.
+    """
+    loaded = _load(config, properties, log_level, first=True)
+    from consumerd.commands.init import make, propose  # noqa: PLC0415 - what only `init` needs
+
+    handler = name or table.rpartition(".")[2]
+    proposal = _complete(propose(loaded, topic, table, key=key or (), name=handler, count=count))
+    typer.echo(proposal.text() if output is Output.text else proposal.line())
+    if execute:
+        for made in _complete(make(loaded, proposal)):
+            typer.echo(made, err=True)
+    else:
+        typer.echo("Nothing was changed; --execute makes all of this.", err=True)
+
+
+@app.command()
 def check(
     config: ConfigOption = None,
     properties: PropertyOption = None,
@@ -188,7 +223,7 @@ def demo(
     sys.exit(play(keep=keep))
 
 
-def _load(path: Path | None, properties: list[str] | None, log_level: str | None) -> Config:
+def _load(path: Path | None, properties: list[str] | None, log_level: str | None, *, first: bool = False) -> Config:
     """Read the configuration and set up the logs; exits with every mistake."""
     from consumerd import loader, log  # noqa: PLC0415 - keeps `--help` quick
 
@@ -199,7 +234,7 @@ def _load(path: Path | None, properties: list[str] | None, log_level: str | None
             _fail(f"-X {entry}: write NAME=VALUE", EXIT_USAGE)
         overrides[name] = value
     try:
-        config = loader.load(path, overrides=overrides)
+        config = loader.load(path, overrides=overrides, first=first)
         if log_level is not None:
             config = config.model_copy(update={"log": config.log.model_copy(update={"level": _level(log_level)})})
     except ConfigError as error:

@@ -117,17 +117,19 @@ def load(
     *,
     overrides: Mapping[str, str] = MappingProxyType({}),
     environ: Mapping[str, str] = os.environ,
+    first: bool = False,
 ) -> Config:
     """Read the daemon's config and its handlers; ConfigError tells all their mistakes.
 
     `path` None takes the search order: $CONSUMERD_CONFIG, ./consumerd.toml, /etc/consumerd/consumerd.toml.
-    `overrides` are librdkafka properties (`-X prop=value`), which win over `[kafka.properties]`.
+    `overrides` are librdkafka properties (`-X prop=value`), which win over `[kafka.properties]`. That there is no
+    handler is no mistake where the first is to be written.
     """
     environ = {"HOSTNAME": socket.gethostname(), **environ}  # shells and systemd have it, and do not export it
     main = _read(_find(path, environ), environ)
     config = _validate(Config, main, main.path.parent, path=main.path)
     properties, refused = _overrides(overrides)
-    handlers = _handlers(main, environ)
+    handlers = _handlers(main, environ, first=first)
     models = [
         _validate(HandlerConfig, file, main.path.parent, name=file.path.stem, path=file.path) for file in handlers
     ]
@@ -162,7 +164,7 @@ def _is_there(path: Path) -> bool:
         return True
 
 
-def _handlers(main: _File, environ: Mapping[str, str]) -> list[_File]:
+def _handlers(main: _File, environ: Mapping[str, str], *, first: bool) -> list[_File]:
     """Read the files of the handlers folder, sorted by name, hidden ones left out.
 
     The folder is taken from unchecked data, so that mistakes of handlers are told beside mistakes of the daemon's file.
@@ -173,7 +175,7 @@ def _handlers(main: _File, environ: Mapping[str, str]) -> list[_File]:
         return []
     folder = main.path.parent / name
     paths = [path for path in sorted(folder.glob("*.toml")) if _is_there(path) and not path.name.startswith(".")]
-    if not paths and main.sound:
+    if not paths and main.sound and not first:
         found = "holds no *.toml file" if folder.is_dir() else "is not a folder"
         sentence = f"no handlers: {_shown(folder)} {found}; write one file for each handler there"
         main.problems.append(Problem(path=("daemon", "handlers"), sentence=sentence))
