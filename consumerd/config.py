@@ -466,15 +466,6 @@ class HandlerConfig(_Section):
             where.check(where.parse(text), info.data["key_format"])
         return text
 
-    @field_validator("transform")
-    @classmethod
-    def _transform_decides_alone(
-        cls, transform: TransformConfig | None, info: ValidationInfo
-    ) -> TransformConfig | None:
-        if transform is not None and info.data.get("where") is not None:
-            raise ValueError("goes without `where`: take that out, and return None for messages that are not wanted")
-        return transform
-
     @field_validator("decode")
     @classmethod
     def _some_field_is_known(cls, decode: DecodeConfig, info: ValidationInfo) -> DecodeConfig:

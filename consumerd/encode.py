@@ -47,8 +47,8 @@ OWN_DEFAULT = "the table's own default is used where the column is left out unde
 class Rows:
     """Rows in offset order; `positions` are their messages', of which a transform may make several rows each.
 
-    So many as `skipped` says are neither row nor refused. Where tombstones delete, each row ends with whether it
-    deletes; one that does has nothing else but its key.
+    So many messages as `skipped` says are neither row nor refused. Where tombstones delete, each row ends with whether
+    it deletes; one that does has nothing else but its key.
     """
 
     rows: list[Row]
@@ -66,7 +66,8 @@ class Encoder:
         self._own_defaults = {
             field.column.name for field in fields if handler.columns is None and field.column.has_default
         }
-        test = where.parse(handler.where) if handler.where is not None else None
+        before = handler.transform is not None  # what it is given is selected already
+        test = where.parse(handler.where) if handler.where is not None and not before else None
         read = () if test is None else where.fields(test)
         self._select = None if test is None else selection.selector(test, handler.key_format)
         self._selects_by_fields = bool(read)
@@ -87,13 +88,12 @@ class Encoder:
         self, some: Sequence[Message], refused: dict[int, Refusal], outcomes: Sequence[Outcome]
     ) -> Rows:
         """Decode what a transform made of messages, as `encode` does; all rows of a message, or none."""
-        made, owners = expanded(some, outcomes, refused)
+        made, owners, skipped = expanded(some, outcomes, refused)
         found: dict[int, Refusal] = {}
         rows = self.encode(made, found)
         for index, why in found.items():
             refused.setdefault(owners[index], why)
         kept = [at for at, index in enumerate(rows.positions) if owners[index] not in refused]
-        skipped: Counter[SkipReason] = Counter({"transform": outcomes.count(())})
         return Rows([rows.rows[at] for at in kept], [owners[rows.positions[at]] for at in kept], rows.skipped + skipped)
 
     def encode(self, some: Sequence[Message], refused: dict[int, Refusal]) -> Rows:

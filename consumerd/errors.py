@@ -36,8 +36,8 @@ SkipReason = Literal["where", "tombstone", "exists", PoisonReason]
 """Why a message becomes neither row nor letter: the fixed values of the label `reason` of skip metrics.
 
 where: the handler's `where` does not select it. tombstone: it has no value. exists: a row like it is in the table
-already (skip-existing). transform: its transform returns nothing for it, or refused it. It and any other are poison's,
-where `[poison] action` is `skip`.
+already (skip-existing). transform: its transform returns nothing for it. Any other is poison's, where `[poison] action`
+is `skip`.
 """
 
 

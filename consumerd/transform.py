@@ -14,9 +14,10 @@ import importlib
 import inspect
 import sys
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import msgspec
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType
 
+    from consumerd.errors import SkipReason
     from consumerd.types import Message
 
 ANSWER_BYTES: Final = 4 << 20
@@ -40,9 +42,9 @@ ALL: Final = -1
 NONE: Final = -2
 """What is noted while there is no call."""
 
-Outcome = tuple[bytes, ...] | Refusal | None
-"""What became of a message: the values returned for it, none where it is skipped; a refusal; or None, where there is no
-value to transform."""
+Outcome = tuple[bytes, ...] | Refusal | Literal["where"] | None
+"""What became of a message: the values returned for it, none where it is skipped; a refusal; that `where` does not
+select it; or None, where there is no value to transform."""
 
 
 class Item(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -68,7 +70,7 @@ class Request(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct):
     """What became of the first messages of a request, and why not of more, where it was the function's wish."""
 
-    outcomes: list[Outcome]
+    outcomes: list[tuple[bytes, ...] | Refusal]
     retry: str | None = None
     halt: str | None = None
 
@@ -131,7 +133,7 @@ class Transform:
         note(NONE)
         return True
 
-    def _one(self, record: Record | Refusal, answer: Answer) -> Outcome:
+    def _one(self, record: Record | Refusal, answer: Answer) -> tuple[bytes, ...] | Refusal | None:
         """Return what becomes of one record; None, with the reason in the answer, where that is not known."""
         if isinstance(record, Refusal):
             return record
@@ -152,7 +154,7 @@ class Transform:
             return self._values_of(returned)
         return None
 
-    def _values_of(self, returned: object) -> Outcome:
+    def _values_of(self, returned: object) -> tuple[bytes, ...] | Refusal:
         try:
             return tuple(map(encode, records_of(returned)))
         except TypeError as error:  # its text names types alone
@@ -189,20 +191,28 @@ class Returned:
 
 def expanded(
     messages: Sequence[Message], outcomes: Sequence[Outcome], refused: dict[int, Refusal]
-) -> tuple[list[Message], list[int]]:
-    """Return what is to be rows, and of which message each is; what was refused is added to `refused`, by position."""
+) -> tuple[list[Message], list[int], Counter[SkipReason]]:
+    """Return what is to be rows, of which message each is, and how many messages are skipped.
+
+    What was refused is added to `refused`, by position.
+    """
     made: list[Message] = []
     owners: list[int] = []
+    skipped: Counter[SkipReason] = Counter()
     for position, (message, outcome) in enumerate(zip(messages, outcomes, strict=True)):
         if position in refused:
             continue
         if isinstance(outcome, Refusal):
             refused[position] = outcome
-            continue
-        values_of = [message] if outcome is None else [cast("Message", Returned(message, each)) for each in outcome]
-        made += values_of
-        owners += [position] * len(values_of)
-    return made, owners
+        elif outcome == "where":
+            skipped["where"] += 1
+        elif outcome == ():
+            skipped["transform"] += 1
+        else:
+            every = [message] if outcome is None else [cast("Message", Returned(message, each)) for each in outcome]
+            made += every
+            owners += [position] * len(every)
+    return made, owners, skipped
 
 
 def load(name: str, folder: Path) -> Transform:

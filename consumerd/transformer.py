@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from consumerd.errors import Halt, Outage, Refusal
+from consumerd import where
+from consumerd.errors import Halt, Outage, Poison, Refusal
+from consumerd.formats import selection, values
 from consumerd.runners import InProcess, InThread, Lost
 from consumerd.transform import ALL, NONE, Answer, Item, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from consumerd.accumulator import Batch
     from consumerd.config import HandlerConfig
     from consumerd.runners import Runner
     from consumerd.transform import Outcome
-    from consumerd.types import Message
+    from consumerd.types import Message, TopicPartition
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +49,15 @@ class Transformer:
         config = handler.transform
         assert config is not None  # noqa: S101 - the caller's promise
         self._handler, self._config, self._most_bytes = handler, config, most_bytes
-        where = InProcess if config.workers else InThread
+        place = InProcess if config.workers else InThread
         self._runners: list[Runner] = [
-            where(config.function, handler.path.parent, config.timeout) for _ in range(max(1, config.workers))
+            place(config.function, handler.path.parent, config.timeout) for _ in range(max(1, config.workers))
         ]
         self._idle: asyncio.Queue[Runner] = asyncio.Queue()
         self._lost_in_a_row = 0
+        test = None if handler.where is None else where.parse(handler.where)
+        self._select = None if test is None else selection.selector(test, handler.key_format)
+        self._selects_by_fields = test is not None and bool(where.fields(test))
 
     async def start(self) -> None:
         """Import the function, everywhere it is to be called; raises Halt with what to mend."""
@@ -75,9 +80,11 @@ class Transformer:
         size = sum(map(size_of, batch.outcomes))
         while len(batch.outcomes) < len(batch.messages) and size <= self._most_bytes:
             parts = self._parts(batch.messages[len(batch.outcomes) :])
-            answers = await asyncio.gather(*(self._answer(self._request(batch, part)) for part in parts))
-            for part, answer in zip(parts, answers, strict=True):
-                came = _merged(part, answer.outcomes)
+            settled = [self._settled(part) for part in parts]
+            requests = [_request(batch.partition, part, known) for part, known in zip(parts, settled, strict=True)]
+            answers = await asyncio.gather(*map(self._answer, requests))
+            for part, known, answer in zip(parts, settled, answers, strict=True):
+                came = _merged(len(part), known, answer.outcomes)
                 batch.outcomes += came
                 size += sum(map(size_of, came))
                 if answer.retry is not None:
@@ -102,10 +109,19 @@ class Transformer:
             size += len(message)
         return parts
 
-    @staticmethod
-    def _request(batch: Batch, messages: Sequence[Message]) -> Request:
-        items = [_item(message, value) for message in messages if (value := message.value())]
-        return Request(batch.partition.topic, batch.partition.partition, items)
+    def _settled(self, messages: Sequence[Message]) -> dict[int, Outcome]:
+        """Return what becomes of messages without a call, by position: not selected, or without a value."""
+        settled: dict[int, Outcome] = {}
+        for position, message in enumerate(messages):
+            value = message.value()
+            try:
+                if self._select is not None and (value or not self._selects_by_fields) and not self._select((message,)):
+                    settled[position] = "where"
+                elif not value:
+                    settled[position] = None
+            except (ValueError, RecursionError, Poison) as error:
+                settled[position] = values.refusal(error)
+        return settled
 
     async def _answer(self, request: Request, *, again: bool = False) -> Answer:
         """Return what becomes of the first messages of a request, at least of one; raises Halt."""
@@ -161,24 +177,24 @@ def size_of(outcome: Outcome) -> int:
     return sum(map(len, outcome)) if isinstance(outcome, tuple) else 0
 
 
-def _item(message: Message, value: bytes) -> Item:
-    kind, timestamp = message.timestamp()
-    return Item(
-        value=value,
-        offset=message.offset(),
-        timestamp=timestamp if kind else None,  # 0: not available
-        key=message.key(),
-        headers=message.headers() or [],
-    )
+def _request(partition: TopicPartition, messages: Sequence[Message], settled: Mapping[int, Outcome]) -> Request:
+    """Return the request for those of some messages that are to be transformed."""
+    items = []
+    for position, message in enumerate(messages):
+        if position not in settled:
+            kind, timestamp = message.timestamp()
+            at = timestamp if kind else None  # 0: not available
+            items.append(Item(message.value() or b"", message.offset(), at, message.key(), message.headers() or []))
+    return Request(partition.topic, partition.partition, items)
 
 
-def _merged(messages: Sequence[Message], outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Put outcomes to their messages, None to those without a value; end where they end."""
+def _merged(count: int, settled: Mapping[int, Outcome], outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Put outcomes between those that were settled; end where they end."""
     rest = iter(outcomes)
     merged: list[Outcome] = []
-    for message in messages:
-        if not message.value():
-            merged.append(None)
+    for position in range(count):
+        if position in settled:
+            merged.append(settled[position])
             continue
         outcome = next(rest, None)
         if outcome is None:

@@ -17,7 +17,7 @@ from consumerd.config import HandlerConfig
 from consumerd.errors import Halt, Outage, Refusal
 from consumerd.packed import Packed
 from consumerd.runners import InProcess
-from consumerd.transformer import Transformer
+from consumerd.transformer import Transformer, _request
 from consumerd.types import TopicPartition
 
 T = TypeVar("T")
@@ -118,6 +118,7 @@ def using(
     function: str = "work:transform",
     timeout: float = 1.0,
     most_bytes: int = 1 << 20,
+    where: str | None = None,
 ) -> T:
     """Start a transformer, use it, and close it."""
     handler = HandlerConfig.model_validate(
@@ -126,6 +127,7 @@ def using(
             "path": folder / "orders.toml",
             "topics": ["orders"],
             "table": {"name": "orders", "write": "append"},
+            **({} if where is None else {"where": where}),
             "transform": {"function": function, "workers": workers, "timeout": f"{round(timeout * 1000)}ms"},
         },
         by_name=False,
@@ -237,6 +239,17 @@ def test_what_comes_back_is_bounded(folder: Path) -> None:
     assert 0 < len(it.outcomes) < 3_000
 
 
+def test_only_what_is_selected_is_transformed(folder: Path) -> None:
+    """`where` is about the message: what it does not select is no call, and what it cannot tell is refused."""
+    it = batch(6, at1={"n": "text"})
+    it.messages[5] = cast("Any", Fake(None, 105))
+    using(folder, lambda transformer: transformer.complete(it), workers=0, where="n >= 2 and @offset < 104")
+    expected = ["where", "refused", "made", "made", "where", None]
+    kinds = {tuple: "made", Refusal: "refused"}
+    assert expected == [kinds.get(type(outcome), outcome) for outcome in it.outcomes]
+    assert 2 == len((folder / "log").read_text().splitlines())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("function", "words"),
@@ -270,11 +283,11 @@ def test_a_cancelled_call_is_nobodys_answer(folder: Path) -> None:
     async def give_up(runner: InProcess) -> list[int | str]:
         await runner.start()
         endless = batch(1, at0={"what": "spin"})
-        request = Transformer._request(endless, endless.messages)
+        request = _request(endless.partition, endless.messages, {})
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(runner.answer(request), 0.3)
         it = batch(2)
-        it.outcomes = (await runner.answer(Transformer._request(it, it.messages))).outcomes
+        it.outcomes += (await runner.answer(_request(it.partition, it.messages, {}))).outcomes
         await runner.close()
         return numbers(it)
 
@@ -290,7 +303,7 @@ def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             runner._process.send_signal(number)
         it = batch(2)
-        it.outcomes = (await runner.answer(Transformer._request(it, it.messages))).outcomes
+        it.outcomes += (await runner.answer(_request(it.partition, it.messages, {}))).outcomes
         await runner.close()
         return numbers(it)
 

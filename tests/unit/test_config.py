@@ -476,9 +476,3 @@ def test_unknown_keys_are_refused(model: type[BaseModel], data: dict[str, Any]) 
     """A key that TOML has not is refused, our attributes' own names included."""
     with pytest.raises(ValidationError, match="Extra inputs"):
         from_toml(model, data)
-
-
-def test_a_transform_decides_alone() -> None:
-    """A handler that has a transform filters in it: `where` beside it is a mistake."""
-    with pytest.raises(ValidationError, match="return None for messages that are not wanted"):
-        handler(where="a == 1", transform={"function": "a:b"})

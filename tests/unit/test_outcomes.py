@@ -92,6 +92,7 @@ OUTCOMES: list[Outcome] = [
     (b'{"n": 4}', b'{"n": "no"}', b"{}"),
     None,
     (b'{"n": 5}', b'{"n": 6}', b'{"n": 7}'),
+    "where",
 ]
 
 
@@ -115,16 +116,17 @@ def test_a_refused_message_has_no_row(mapping: Mapping) -> None:
 def test_nothing_is_packed_before_it_is_transformed(mapping: Mapping) -> None:
     """The Kafka thread packs nothing of a handler with a transform: it calls none."""
     packed = mapping.pack(batch(*OUTCOMES).messages)
-    assert (None, 7, 0, b"") == (packed.mapping, packed.messages, packed.rows, packed.data)
+    assert (None, 8, 0, b"") == (packed.mapping, packed.messages, packed.rows, packed.data)
 
 
 def test_the_books_balance(mapping: Mapping) -> None:
     """Messages that became rows, are skipped or refused are as many as there were; rows may be more."""
     it = batch(*OUTCOMES, values={5: None})
     data = asyncio.run(_packed([(it, cast("Any", None))], mapping))
-    assert (6, 3, 3, {"transform": 1}) == (data.rows, it.extra, len(it.refused), dict(it.skipped))
+    skipped = {"transform": 1, "where": 1}
+    assert (6, 3, 3, skipped) == (data.rows, it.extra, len(it.refused), dict(it.skipped))
     asyncio.run(_packed([(it, cast("Any", None))], mapping))
-    assert (3, {"transform": 1}) == (it.extra, dict(it.skipped))
+    assert (3, skipped) == (it.extra, dict(it.skipped))
 
 
 def test_books_that_do_not_balance_are_a_halt(mapping: Mapping) -> None:
@@ -147,7 +149,7 @@ def test_a_cut_parts_what_was_transformed() -> None:
     del it.outcomes[5:]
     rest = it.cut(3)
     assert (OUTCOMES[:3], OUTCOMES[3:5]) == (it.outcomes, rest.outcomes)
-    assert (3, 4) == (len(it.messages), len(rest.messages))
+    assert (3, 5) == (len(it.messages), len(rest.messages))
 
 
 class Calls:

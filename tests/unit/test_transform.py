@@ -4,7 +4,7 @@ import datetime as dt
 import decimal
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def answer(function: Callable[..., Any], *values: bytes, alone: bool = False, no
     return transform.answer(Request("orders", 0, items, alone), noted.append)
 
 
-def reasons(outcomes: list[Outcome]) -> list[str]:
+def reasons(outcomes: Sequence[Outcome]) -> list[str]:
     """Return the reasons of refusals."""
     return [outcome.reason if isinstance(outcome, Refusal) else "" for outcome in outcomes]
 
