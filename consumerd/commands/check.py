@@ -106,12 +106,12 @@ class Check:
     async def _handler(
         self, handler: HandlerConfig, topics: Topics | None, conn: AsyncConnection[Any] | None, *, schema: bool
     ) -> None:
-        name, found = handler.name, None
+        name, found, allowed = handler.name, None, False
         if topics is not None:
             never = [each.dead_letter.topic for each in self._config.handlers]
             found = await self._step(name, "topics", topics.find(handler.topics, never), _told)
         if topics is not None and found:
-            await self._acls(handler, topics, found)
+            allowed = await self._acls(handler, topics, found)
             await self._step(
                 name,
                 "dead letters",
@@ -125,25 +125,27 @@ class Check:
             for topic in sorted(found or ()) if tables.by_topic else [handler.topics[0]]:
                 await self._step(name, "table", self._table(tables.of(topic), conn), lambda told: told)
             ready = {topic: it for topic, it in (found or {}).items() if tables.of(topic).ready}
-            if ready:
+            if ready and allowed:  # without its ACL a group's offsets are waited for in vain
                 looking = self._checkpoint(handler, ready, conn, tables, schema=schema)
                 await self._step(name, "checkpoint", looking, lambda told: told)
 
-    async def _acls(self, handler: HandlerConfig, topics: Topics, found: Mapping[str, Topic]) -> None:
+    async def _acls(self, handler: HandlerConfig, topics: Topics, found: Mapping[str, Topic]) -> bool:
+        """Look at what is allowed; tell whether it is enough."""
         if not self._config.kafka.admin:
             detail = "not looked at, nor whether a topic was made again: kafka.admin = false"
             self._note(handler.name, "ACLs", holds=True, detail=detail)
-            return
+            return True
 
-        async def look() -> None:
+        async def look() -> bool:
             there = handler.dead_letter.topic in await topics.names()
             lines = await asyncio.to_thread(
                 acls.lacking, self._config.kafka, handler, sorted(found), letters_there=there
             )
             if lines:
                 raise Halt("kafka", f"the brokers do not allow all that is needed; type: {'; '.join(lines)}")
+            return True
 
-        await self._step(handler.name, "ACLs", look(), lambda _: "all that is needed is allowed")
+        return bool(await self._step(handler.name, "ACLs", look(), lambda _: "all that is needed is allowed"))
 
     async def _schema(self, conn: AsyncConnection[Any], name: str) -> bool:
         if await schema_is_there(conn, name):

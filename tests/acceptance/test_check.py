@@ -249,7 +249,7 @@ def test_what_brokers_do_not_allow(
 ) -> None:
     """A wrong password is told as such; each ACL that is lacking comes with its line, and with all of them it holds."""
     guarded.make_topic("parts", 1)
-    guarded.make_topic("parts.dlq", 1, {"retention.ms": "-1", "max.message.bytes": "2000000"})
+    guarded.make_topic("parts.dlq", 1, {"retention.ms": "-1", "max.message.bytes": "22000000"})
     bench = Bench(guarded, database, "parts", tmp_path)
     execute(database, "CREATE TABLE parts (id bigint)")
     properties = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.username": "loader"}
@@ -268,7 +268,7 @@ def test_what_brokers_do_not_allow(
         f"--topic parts"
     )
     code, found = bench.look()
-    assert (WRONG, False) == (code, found["ACLs"][0])
+    assert (WRONG, False) == (code, found["ACLs"][0]), found
     lines = found["ACLs"][1].partition("type: ")[2].split("; ")
     assert 3 == len(lines)
     for line in lines:

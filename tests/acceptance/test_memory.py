@@ -54,6 +54,8 @@ LARGE = Backlog(count=200, filling=b"x" * 1_000_000)
 HEAVY = Backlog(
     count=50_000, filling=b"x" * 60, key=b"k" * 1_000, headers=tuple((f"h{n}", bytes(1_000)) for n in "abcde")
 )
+BOMB = Backlog(count=256, filling=b"x" * 1_000_000, compression="gzip")
+"""Fetches of a few kB that become hundreds of times as much."""
 COMPRESSED = Backlog(count=3_000, filling=b"x" * 100_000, compression="zstd", own=1_000)
 
 
@@ -159,7 +161,7 @@ def test_large_messages_and_a_stopped_database(
     check()
 
 
-@pytest.mark.parametrize("backlog", [COMPRESSED, HEAVY], ids=["compressed", "keys and headers"])
+@pytest.mark.parametrize("backlog", [COMPRESSED, BOMB, HEAVY], ids=["compressed", "bomb", "keys and headers"])
 def test_what_values_do_not_show(
     kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, backlog: Backlog
 ) -> None:
