@@ -232,6 +232,8 @@ def _plain(name: str) -> str:
 def _fits(column: Column, seen: Seen) -> tuple[bool, Unit | None]:
     """Whether a column takes what was seen of a field, and the unit that numbers in it have."""
     kinds = seen.values
+    if column.element is not None:
+        return kinds <= {"list"}, None
     if column.oid in JSON_TYPES or kinds <= TAKES.get(column.oid, WORDS):
         return True, None
     if column.oid in EPOCHS and kinds == {"integer"}:

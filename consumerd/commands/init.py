@@ -22,7 +22,7 @@ from consumerd.commands.infer import Sample, match, new_columns, observe, writte
 from consumerd.commands.sample import sample
 from consumerd.config import HandlerConfig
 from consumerd.errors import ConfigError, Halt
-from consumerd.live_table import LiveTable
+from consumerd.live_table import LiveTables
 from consumerd.topics import Topics
 from consumerd.types import TopicPartition
 
@@ -101,7 +101,7 @@ async def propose(config: Config, topic: str, table: str, *, key: Sequence[str],
         else:
             columns, statement = _made(table, seen, key)
         file = partial(_file, path.stem, topic, table, columns=columns, key=key, count=len(messages))
-        notes = await _refused(_proposal(path, file(notes=()), statement), conn, messages)
+        notes = await _refused(config, _proposal(path, file(notes=()), statement), conn, messages)
         return _proposal(path, file(notes=notes), statement)
     finally:
         await conn.close()
@@ -174,14 +174,17 @@ def _proposal(path: Path, toml: str, statement: str | None) -> Proposal:
     return Proposal(path=path, toml=toml, sql=statement, handler=handler)
 
 
-async def _refused(proposal: Proposal, conn: AsyncConnection[Any], messages: Sequence[Any]) -> list[str]:
+async def _refused(
+    config: Config, proposal: Proposal, conn: AsyncConnection[Any], messages: Sequence[Any]
+) -> list[str]:
     """Return what the handler would refuse of the sample, with the table as it is or would be."""
-    table = LiveTable(proposal.handler, partial(_no_other, conn))
+    connect = partial(postgres.connect, config.postgres, "consumerd/init")
+    table = LiveTables(proposal.handler, connect).of(proposal.handler.topics[0])
     async with postgres.transaction(conn, probe=True):
         if proposal.sql is not None:
             await conn.execute(proposal.sql.encode())
         try:
-            await table.read(conn)
+            await table.make_ready(conn)
         except Halt as halt:
             return [f"Before it can run: {halt}"]
     refused: dict[int, Any] = {}
@@ -191,10 +194,6 @@ async def _refused(proposal: Proposal, conn: AsyncConnection[Any], messages: Seq
         f"Of the sample {number} messages would be refused: {reason}{f' at {column}' if column else ''}"
         for (reason, column), number in counts.most_common()
     ]
-
-
-async def _no_other(conn: AsyncConnection[Any]) -> AsyncConnection[Any]:
-    return conn
 
 
 async def make(config: Config, proposal: Proposal) -> list[str]:

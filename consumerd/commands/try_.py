@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
+    from consumerd.catalog import Column
     from consumerd.config import Config, HandlerConfig
     from consumerd.errors import Refusal
     from consumerd.live_table import Mapping
@@ -66,8 +67,7 @@ class Trial:
     """What became of all of them, and the columns of their rows."""
 
     table: str
-    columns: tuple[str, ...]
-    oids: tuple[int, ...]
+    columns: tuple[Column, ...]
     tried: list[Tried]
 
     def text(self) -> str:
@@ -78,7 +78,7 @@ class Trial:
             for row in tried.rows
             if tried.refused is None and not self._deletes(row)
         ]
-        lines = aligned([["message", *self.columns], *rows]) if rows else []
+        lines = aligned([["message", *(column.name for column in self.columns)], *rows]) if rows else []
         deletions = [(tried, row) for tried in self.tried for row in tried.rows if self._deletes(row)]
         lines += [f"{_place(tried)} deletes {_cell(self._key(row))}" for tried, row in deletions if not tried.refused]
         lines += [f"{_place(tried)} would be skipped: {tried.skipped}" for tried in self.tried if tried.skipped]
@@ -117,10 +117,7 @@ class Trial:
 
     def _values(self, row: tuple[Any, ...]) -> dict[str, Any]:
         """Return a row's values as JSON has them, by column."""
-        return {
-            name: msgspec.Raw(value[len(FORMS[oid]) :]) if oid in FORMS and value is not None else value
-            for name, oid, value in zip(self.columns, self.oids, row, strict=False)
-        }
+        return {column.name: _plain(column, value) for column, value in zip(self.columns, row, strict=False)}
 
 
 async def attempt(config: Config, handler: HandlerConfig, count: int, *, first: bool) -> list[Trial]:
@@ -151,13 +148,7 @@ async def _trial(
     tried = _decode(mapping, messages, await _transformed(handler, messages))
     await _note_what_was_written(config, handler, conn, mapping, tried)
     await _write(conn, mapping, [each for each in tried if each.rows and not each.before])
-    columns = mapping.encoder.columns
-    return Trial(
-        table=mapping.table.name,
-        columns=tuple(column.name for column in columns),
-        oids=tuple(column.oid for column in columns),
-        tried=tried,
-    )
+    return Trial(table=mapping.table.name, columns=mapping.encoder.columns, tried=tried)
 
 
 async def _transformed(handler: HandlerConfig, messages: Sequence[Any]) -> dict[int, Outcome]:
@@ -224,6 +215,13 @@ async def _write(conn: AsyncConnection[Any], mapping: Mapping, tried: Sequence[T
         refused, _ = await isolate(conn, mapping.sink, rows, starts=starts, at_least=len(tried))
     for position, refusal in refused.items():
         tried[position].refused = refusal
+
+
+def _plain(column: Column, value: Any) -> Any:  # noqa: ANN401 - of the column's type
+    """Return a value as JSON has it: that of a JSON column without what stands before it in the binary form."""
+    if column.element is not None and isinstance(value, list):
+        return [_plain(column if isinstance(item, list) else column.element, item) for item in value]
+    return msgspec.Raw(value[len(FORMS[column.oid]) :]) if column.oid in FORMS and value is not None else value
 
 
 def _place(tried: Tried) -> str:

@@ -154,6 +154,14 @@ def test_a_transform(bench: Bench) -> None:
     assert "transform" == raised["refused"]["reason"]
 
 
+def test_arrays(bench: Bench) -> None:
+    """An array is shown as JSON has it, its elements of JSON too."""
+    execute(bench.database, "ALTER TABLE parts ADD sizes numeric(4, 1)[], ADD docs jsonb[]")
+    bench.send(b'{"id": 1, "name": "bolt", "sizes": [[1.5, 2], [null, 3]], "docs": [{"a": 1}, null]}')
+    (row,) = (line["row"] for line in bench.lines())
+    assert ([[1.5, 2], [None, 3]], [{"a": 1}, None]) == (row["sizes"], row["docs"])
+
+
 def test_tombstones(bench: Bench) -> None:
     """A tombstone is what the handler makes of it: passed over, or the key whose row it deletes."""
     bench.send(None)

@@ -93,6 +93,12 @@ def test_columns_find_their_fields() -> None:
     } == match(columns, found)
 
 
+def test_arrays_find_lists() -> None:
+    """A column of an array takes a list, and no other value."""
+    columns = [column("a", 1007, element=column("a", 23)), column("b", 1007, element=column("b", 23))]
+    assert {"a": (("a",), None)} == match(columns, sample({"a": [1], "b": 1}))
+
+
 @pytest.mark.parametrize(("number", "unit"), [(10**9, "s"), (10**12, "ms"), (10**15, "us"), (10**18, "ns")])
 def test_units_of_epochs(number: int, unit: str) -> None:
     """A number into a time counts in the unit in which it would be a time of these decades."""
