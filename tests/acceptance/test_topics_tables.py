@@ -284,3 +284,24 @@ def test_a_topic_that_comes_to_match_is_read_from_its_start(
     expect_rows(database, "events", [*range(10, 15), *range(100, 110)])
     assert [first, second] == sorted(p["topic"] for p in status(run)["partitions"])
     assert 0 == run.stop()
+
+
+@pytest.mark.parametrize("action", ["skip", "halt"])
+def test_a_topic_that_comes_to_match_needs_no_letters_where_there_are_none(
+    kafka: KafkaServer, database: str, daemon: MakeDaemon, prefix: str, action: str
+) -> None:
+    """Without a dead-letter topic, which neither action needs, a topic that appears is read as those before it."""
+    make_tables(database, "events")
+    kafka.make_topic(f"{prefix}.first")
+    many = {
+        **handler(f"^{prefix}\\.", "events", write="append"),
+        "group_id": prefix,
+        "poison": {"action": action},
+        "dead_letter": {"topic": f"{prefix}-never-made"},
+    }
+    run = daemon({"many": many}, OFTEN)
+    kafka.make_topic(f"{prefix}.second", 1)
+    send(kafka, f"{prefix}.second")
+    expect_rows(database, "events")
+    assert "running" == status(run)["state"]
+    assert 0 == run.stop()
