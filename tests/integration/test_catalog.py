@@ -162,6 +162,24 @@ async def test_a_default_is_part_of_the_fingerprint(database: str) -> None:
     assert found == [False, True]
 
 
+async def test_a_table_that_takes_the_name_while_it_is_read(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint is that of the columns that were read, not of another table that has their name by then."""
+    execute(database, "CREATE TABLE t (id bigint, at bigint); CREATE TABLE next (id bigint, at timestamptz)")
+    columns = catalog._columns
+
+    async def swapped(conn: AsyncConnection[Any], *more: Any) -> Any:  # noqa: ANN401
+        execute(database, "ALTER TABLE t RENAME TO old; ALTER TABLE next RENAME TO t")
+        return await columns(conn, *more)
+
+    monkeypatch.setattr(catalog, "_columns", swapped)
+    conn = await connected(database)
+    table = await catalog.load(conn, "t", ("INSERT",))
+    ((now,),) = await postgres.call(conn, catalog.fingerprint_query("t"))
+    await conn.close()
+    assert [column.oid for column in table.columns] == [20, 20]
+    assert table.fingerprint != now
+
+
 @pytest.mark.parametrize("grant", ["INSERT ON t", 'INSERT ("Id") ON t'])
 async def test_the_lock_is_a_writes_own(database: str, grant: str) -> None:
     """With a privilege on the table or on one column, nobody may alter the table until the transaction ends."""
