@@ -184,7 +184,7 @@ SELECT attname AS name, base.oid, base.typmod, format_type(atttypid, atttypmod) 
        e.oid::int8 AS element_type, e.typdelim::text AS delimiter, format_type(e.oid, base.typmod) AS element_name,
        below.oid AS element_oid, below.typmod AS element_typmod,
        (SELECT pg_get_expr(adbin, adrelid) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum)
-       AS expression, format_type(atttypid, -1) AS cast_to, ({fingerprint}) AS fingerprint
+       AS expression, format_type(base.oid::oid, -1) AS cast_to, ({fingerprint}) AS fingerprint
 FROM pg_catalog.pg_attribute
 CROSS JOIN LATERAL ({base}) AS base
 LEFT JOIN pg_catalog.pg_type a ON a.oid = base.oid

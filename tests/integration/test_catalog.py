@@ -162,6 +162,13 @@ async def test_a_default_is_part_of_the_fingerprint(database: str) -> None:
     assert found == [False, True]
 
 
+async def test_a_default_that_its_domain_refuses(database: str) -> None:
+    """A default that stands for "give a value" stops nothing: it is Postgres that refuses the row."""
+    execute(database, "CREATE DOMAIN named AS text CHECK (VALUE <> '')")
+    table = (await read(database, "CREATE TABLE t (id int, v named NOT NULL DEFAULT '')")).mapping.table
+    assert table.columns[1].default == b'""'
+
+
 async def test_a_table_that_takes_the_name_while_it_is_read(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fingerprint is that of the columns that were read, not of another table that has their name by then."""
     execute(database, "CREATE TABLE t (id bigint, at bigint); CREATE TABLE next (id bigint, at timestamptz)")
