@@ -110,7 +110,7 @@ class Table:
     """Columns of each unique index that can serve ON CONFLICT."""
     fingerprint: str
     role: str = ""
-    """Who writes."""
+    """Who writes, quoted."""
     lockable: bool = True
     """The role may lock it: it has a privilege on the whole table."""
     row_security: bool = False
@@ -152,7 +152,7 @@ SELECT c.oid::int8, c.relkind::text, c.relpersistence::text,
        quote_ident(n.nspname) || '.' || quote_ident(c.relname), quote_ident(n.nspname),
        array(SELECT p FROM unnest(%(privileges)s::text[]) AS p WHERE NOT has_table_privilege(c.oid, p)
              AND NOT (p IN ('INSERT', 'UPDATE') AND has_any_column_privilege(c.oid, p))),
-       has_schema_privilege(n.oid, 'USAGE'), current_user::text, c.relhasrules, row_security_active(c.oid),
+       has_schema_privilege(n.oid, 'USAGE'), quote_ident(current_user), c.relhasrules, row_security_active(c.oid),
        has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass(%(name)s)"""

@@ -150,7 +150,7 @@ def test_dead_letter_topics(bench: Bench) -> None:
             {"table": {"write": "upsert", "key": ["id"]}},
             'CREATE UNIQUE INDEX CONCURRENTLY ON public.parts ("id");',
         ),
-        ({"columns": {"name": "name"}}, "ALTER TABLE public.parts ALTER id DROP NOT NULL;"),
+        ({"columns": {"name": "name"}}, 'ALTER TABLE public.parts ALTER "id" DROP NOT NULL;'),
     ],
 )
 def test_tables_that_do_not_fit(bench: Bench, handler: dict[str, Any], mend: str) -> None:
