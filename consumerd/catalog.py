@@ -110,7 +110,7 @@ class Table:
     """Columns of each unique index that can serve ON CONFLICT."""
     fingerprint: str
     role: str = ""
-    """Who writes."""
+    """Who writes, quoted."""
     lockable: bool = True
     """The role may lock it: it has a privilege on the whole table."""
     row_security: bool = False
@@ -144,7 +144,7 @@ FINGERPRINT = """\
 SELECT coalesce(string_agg(concat_ws(' ', attname, atttypid, atttypmod, CASE WHEN attnotnull AND atthasdef THEN
     (SELECT md5(adbin::text) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) END
 ), ',' ORDER BY attnum), '')
-FROM pg_catalog.pg_attribute WHERE attrelid = to_regclass({name}) AND attnum > 0 AND NOT attisdropped"""
+FROM pg_catalog.pg_attribute WHERE attrelid = {table} AND attnum > 0 AND NOT attisdropped"""
 """The default of a column that takes no NULL stands in for absent values."""
 
 _RELATION = """\
@@ -152,7 +152,7 @@ SELECT c.oid::int8, c.relkind::text, c.relpersistence::text,
        quote_ident(n.nspname) || '.' || quote_ident(c.relname), quote_ident(n.nspname),
        array(SELECT p FROM unnest(%(privileges)s::text[]) AS p WHERE NOT has_table_privilege(c.oid, p)
              AND NOT (p IN ('INSERT', 'UPDATE') AND has_any_column_privilege(c.oid, p))),
-       has_schema_privilege(n.oid, 'USAGE'), current_user::text, c.relhasrules, row_security_active(c.oid),
+       has_schema_privilege(n.oid, 'USAGE'), quote_ident(current_user), c.relhasrules, row_security_active(c.oid),
        has_table_privilege(c.oid, 'INSERT, UPDATE, DELETE')
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass(%(name)s)"""
@@ -184,14 +184,15 @@ SELECT attname AS name, base.oid, base.typmod, format_type(atttypid, atttypmod) 
        e.oid::int8 AS element_type, e.typdelim::text AS delimiter, format_type(e.oid, base.typmod) AS element_name,
        below.oid AS element_oid, below.typmod AS element_typmod,
        (SELECT pg_get_expr(adbin, adrelid) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum)
-       AS expression, format_type(atttypid, -1) AS cast_to, ({fingerprint}) AS fingerprint
+       AS expression, format_type(base.oid::oid, -1) AS cast_to, ({fingerprint}) AS fingerprint
 FROM pg_catalog.pg_attribute
 CROSS JOIN LATERAL ({base}) AS base
 LEFT JOIN pg_catalog.pg_type a ON a.oid = base.oid
 LEFT JOIN pg_catalog.pg_type e ON e.oid = a.typelem AND e.typarray = a.oid
 LEFT JOIN LATERAL ({element}) AS below ON true
-WHERE attrelid = {oid}::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
-"""Columns and fingerprint come of one statement: of two, the second may see another table than the first."""
+WHERE attrelid = {table} AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
+"""Columns and fingerprint come of one statement, and both of one oid: of two, or of the name, the fingerprint may be
+that of another table, which has taken the name meanwhile."""
 
 _UNIQUE = """\
 SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
@@ -215,7 +216,7 @@ _LITERAL: Final = re.compile(
 
 def fingerprint_query(name: str) -> sql.Composed:
     """Return the query for a table's fingerprint as it is now; '' when there is no such table."""
-    return sql.SQL(FINGERPRINT).format(name=sql.Literal(name))
+    return sql.SQL(FINGERPRINT).format(table=sql.SQL("to_regclass({})").format(sql.Literal(name)))
 
 
 _BEFORE_TRIGGERS = """\
@@ -252,7 +253,7 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         raise Halt("table", f"role {role} lacks privileges on {name}; type: {' '.join(grants)}")
     for part, foreign in await (await conn.execute(_PARTITIONS_APART, [oid])).fetchall():
         raise Halt("table", f"partition {part} of {name} {_apart(part, identifier, foreign=foreign)}")
-    columns, fingerprint = await _columns(conn, name, oid)
+    columns, fingerprint = await _columns(conn, oid)
     indexes = await (await conn.execute(_UNIQUE, [oid])).fetchall()
     triggers = await (await conn.execute(_BEFORE_TRIGGERS, {"oid": oid})).fetchall()
     return Table(
@@ -279,14 +280,14 @@ def _apart(part: str, identifier: str, *, foreign: bool) -> str:
     return f"is unlogged: a crash would empty it and keep the checkpoint; type: ALTER TABLE {part} SET LOGGED;"
 
 
-async def _columns(conn: AsyncConnection[Any], name: str, oid: int) -> tuple[tuple[Column, ...], str]:
+async def _columns(conn: AsyncConnection[Any], oid: int) -> tuple[tuple[Column, ...], str]:
     """Return the columns of a table and its fingerprint, both as of one moment."""
-    text = sql.Literal(TEXT)
+    text, table = sql.Literal(TEXT), sql.SQL("{}::oid").format(sql.Literal(oid))
     base = {"type": sql.SQL("atttypid"), "typmod": sql.SQL("atttypmod"), "text": text}
     element = {"type": sql.SQL("e.oid"), "typmod": sql.SQL("base.typmod"), "text": text}
     query = sql.SQL(_COLUMNS).format(
-        fingerprint=fingerprint_query(name),
-        oid=sql.Literal(oid),
+        fingerprint=sql.SQL(FINGERPRINT).format(table=table),
+        table=table,
         base=sql.SQL(_BASE).format(**base),
         element=sql.SQL(_BASE).format(**element),
     )

@@ -205,7 +205,7 @@ def _fields(table: Table, handler: HandlerConfig) -> tuple[values.Field, ...]:
     problems += [] if problems else _unique_problems(table, handler, names)
     problems += [
         f"column {column.name} of table {table.name} is NOT NULL, has no default, and is not mapped: map it under "
-        f"[columns], or type: ALTER TABLE {table.identifier} ALTER {column.name} DROP NOT NULL;"
+        f'[columns], or type: ALTER TABLE {table.identifier} ALTER "{column.name}" DROP NOT NULL;'
         for column in table.columns
         if column.not_null and not column.automatic and not column.has_default and column.name not in names
     ]

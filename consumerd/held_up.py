@@ -51,17 +51,21 @@ class HeldUp:
     async def look(self, conn: AsyncConnection[object], partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
         """Return the partitions whose table is there; the others wait on."""
         tables, ready, waiting = self._member.tables, [], []
-        halts: dict[str, Halt] = {}
+        waits: dict[str, Outage] = {}
         for partition in partitions:
             topic = partition.topic
-            if tables.by_topic and topic not in halts:
+            if tables.by_topic and topic not in waits:
                 try:
                     await tables.of(topic).make_ready(conn)
                 except Halt as halt:
-                    halts[topic] = halt
-            if topic in halts:
+                    waits[topic] = _wait(topic, halt)
+                except Outage as outage:
+                    if conn.closed:
+                        raise
+                    waits[topic] = outage  # a lock on this table alone
+            if topic in waits:
                 waiting.append(partition)
-                self._member.assignment.hold_up(partition, _wait(topic, halts[topic]))
+                self._member.assignment.hold_up(partition, waits[topic])
             else:
                 ready.append(partition)
         await self._show_lag(conn, waiting)

@@ -236,7 +236,7 @@ class Member:
         new = await self._topics.appeared(self.handler.topics, self._letters_of_all(), self._found)
         self.recovered(PATTERNS, "kafka")
         refused = []
-        for name in list(new):
+        for name in list(new) if self.handler.poison.action == "dead-letter" else ():
             try:
                 await self._topics.ensure_dead_letter(self.handler.dead_letter, [name])
             except Halt as halt:

@@ -35,17 +35,22 @@ def lacking(kafka: KafkaConfig, handler: HandlerConfig, topics: Iterable[str], *
         lines = []
         for topic in topics:
             lines += _line(kafka, "topic", topic, READS - _on_topic(admin, topic))
-        letters = handler.dead_letter.topic
-        if letters_there:
-            lines += _line(kafka, "topic", letters, WRITES - _on_topic(admin, letters))
-        elif AclOperation.CREATE not in _of(admin.describe_cluster(include_authorized_operations=True)):
-            lines += _line(kafka, "topic", letters, {*WRITES, AclOperation.CREATE})
+        if handler.poison.action == "dead-letter":
+            lines += _for_letters(kafka, admin, handler.dead_letter.topic, there=letters_there)
         lines += _line(kafka, "group", handler.group_id, JOINS - _on_group(admin, handler.group_id))
     except KafkaException as exception:
         raise meaning(exception.args[0], kafka.bootstrap_servers) from exception
     except TimeoutError:
         raise Outage("kafka", f"Kafka at {kafka.bootstrap_servers} does not answer") from None
     return lines
+
+
+def _for_letters(kafka: KafkaConfig, admin: AdminClient, topic: str, *, there: bool) -> list[str]:
+    if there:
+        return _line(kafka, "topic", topic, WRITES - _on_topic(admin, topic))
+    if AclOperation.CREATE in _of(admin.describe_cluster(include_authorized_operations=True)):
+        return []
+    return _line(kafka, "topic", topic, {*WRITES, AclOperation.CREATE})
 
 
 def _on_topic(admin: AdminClient, topic: str) -> set[AclOperation]:

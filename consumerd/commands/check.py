@@ -23,6 +23,7 @@ from consumerd.decide import Committed, decide, decide_by_kafka, decode_stamp
 from consumerd.errors import ConfigError, Halt, Outage
 from consumerd.live_table import LiveTables
 from consumerd.topics import Topics, meaning
+from consumerd.transformer import Transformer
 from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
@@ -107,19 +108,22 @@ class Check:
         self, handler: HandlerConfig, topics: Topics | None, conn: AsyncConnection[Any] | None, *, schema: bool
     ) -> None:
         name, found, allowed = handler.name, None, False
+        if handler.transform is not None:
+            await self._step(name, "transform", self._transform(handler), lambda told: told)
         if topics is not None:
             never = [each.dead_letter.topic for each in self._config.handlers]
             found = await self._step(name, "topics", topics.find(handler.topics, never), _told)
         if topics is not None and found:
             allowed = await self._acls(handler, topics, found)
-            await self._step(
-                name,
-                "dead letters",
-                topics.look_at_dead_letter(handler.dead_letter, found),
-                lambda seen: (
-                    f"{handler.dead_letter.topic} {'is there' if seen[1] else 'will be made by the first run'}"
-                ),
-            )
+            if handler.poison.action == "dead-letter":
+                await self._step(
+                    name,
+                    "dead letters",
+                    topics.look_at_dead_letter(handler.dead_letter, found),
+                    lambda seen: (
+                        f"{handler.dead_letter.topic} {'is there' if seen[1] else 'will be made by the first run'}"
+                    ),
+                )
         if conn is not None:
             tables = LiveTables(handler, partial(postgres.connect, self._config.postgres, "consumerd/check"))
             for topic in sorted(found or ()) if tables.by_topic else [handler.topics[0]]:
@@ -128,6 +132,14 @@ class Check:
             if ready and allowed:  # without its ACL a group's offsets are waited for in vain
                 looking = self._checkpoint(handler, ready, conn, tables, schema=schema)
                 await self._step(name, "checkpoint", looking, lambda told: told)
+
+    async def _transform(self, handler: HandlerConfig) -> str:
+        transformer = Transformer(handler, handler.batch.max_bytes)
+        try:
+            await transformer.start()
+        finally:
+            await transformer.close()
+        return f"{handler.transform.function} is there" if handler.transform else ""
 
     async def _acls(self, handler: HandlerConfig, topics: Topics, found: Mapping[str, Topic]) -> bool:
         """Look at what is allowed; tell whether it is enough."""

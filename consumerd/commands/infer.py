@@ -62,6 +62,8 @@ EPOCHS: Final = {1082, 1114, 1184}
 UNITS: Final[Sequence[tuple[float, Unit]]] = ((1e11, "s"), (1e14, "ms"), (1e17, "us"), (float("inf"), "ns"))
 """Up to which number, by its size for a time of these decades, the unit is which."""
 
+_ESCAPED = re.compile(r'[\x00-\x1f\x7f"\\]')
+"""What JSON must escape in a name, which the mapping cannot read, and what would end a comment of TOML."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d+)?(?P<zone>[Zz]|[+-]\d\d:\d\d)?")
 
 
@@ -168,7 +170,9 @@ def written(path: Path) -> str:
 
 
 def _can_be_named(path: Path) -> bool:
-    """Whether TOML can have a path: a name with both kinds of quotes, or a dollar, is left out."""
+    """Whether TOML and the mapping can have a path: a name that JSON must escape, or a dollar, is left out."""
+    if any(_ESCAPED.search(str(step)) for step in path):
+        return False
     try:
         return "$" not in written(path) and paths.parse(written(path)) == ("field", path)
     except ValueError:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
+from pydantic import ValidationError
 
 from consumerd import catalog, postgres
 from consumerd.checkpoint import ensure_schema
@@ -23,6 +24,7 @@ from consumerd.commands.sample import sample
 from consumerd.config import HandlerConfig
 from consumerd.errors import ConfigError, Halt
 from consumerd.live_table import LiveTables
+from consumerd.loader import dotted
 from consumerd.topics import Topics
 from consumerd.types import TopicPartition
 
@@ -170,7 +172,12 @@ def _file(
 def _proposal(path: Path, toml: str, statement: str | None) -> Proposal:
     """Make the handler of a file's text."""
     data = {**tomllib.loads(toml), "name": path.stem, "path": path}
-    handler = HandlerConfig.model_validate(data, by_name=False, by_alias=True, context={"folder": path.parent})
+    try:
+        handler = HandlerConfig.model_validate(data, by_name=False, by_alias=True, context={"folder": path.parent})
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
+        said = [f"{dotted(each['loc'])} {each.get('ctx', {}).get('error', each['msg'])}" for each in found]
+        raise ConfigError(*(f"{path.name} would not do: {sentence}" for sentence in said)) from error
     return Proposal(path=path, toml=toml, sql=statement, handler=handler)
 
 

@@ -150,7 +150,7 @@ def test_dead_letter_topics(bench: Bench) -> None:
             {"table": {"write": "upsert", "key": ["id"]}},
             'CREATE UNIQUE INDEX CONCURRENTLY ON public.parts ("id");',
         ),
-        ({"columns": {"name": "name"}}, "ALTER TABLE public.parts ALTER id DROP NOT NULL;"),
+        ({"columns": {"name": "name"}}, 'ALTER TABLE public.parts ALTER "id" DROP NOT NULL;'),
     ],
 )
 def test_tables_that_do_not_fit(bench: Bench, handler: dict[str, Any], mend: str) -> None:
@@ -275,3 +275,18 @@ def test_what_brokers_do_not_allow(
         guarded.typed(line.replace(str(guarded.second_port), str(guarded.port)))  # as an operator who may
     code, found = bench.look()
     assert (OK, {True}) == (code, {holds for holds, _ in found.values()}), found
+
+
+def test_without_letters_no_topic_of_theirs_is_asked_for(bench: Bench) -> None:
+    """A handler whose poison is passed over, or halts it, runs without a dead-letter topic: so it holds."""
+    code, found = bench.look({"poison": {"action": "skip"}, "dead_letter": {"create": False}})
+    assert (OK, False) == (code, "dead letters" in found), found
+
+
+def test_a_transform(bench: Bench) -> None:
+    """A transform that cannot be imported would halt the run: it is told, and so is one that can."""
+    transform = {"transform": {"function": "parts:transform"}}
+    assert "there is no module parts: write" in bench.wrong("transform", transform)
+    (bench.folder / "handlers" / "parts.py").write_text("def transform(record):\n    return record\n")
+    code, found = bench.look(transform)
+    assert (OK, (True, "parts:transform is there")) == (code, found["transform"])

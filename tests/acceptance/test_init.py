@@ -156,9 +156,12 @@ def test_mistakes(bench: Bench) -> None:
     """What cannot be proposed is one sentence."""
     for arguments, code, words in [
         (["orders", "--key", "id"], CONFIG, "--key id: the columns would be order_id, customer"),
+        (["numbers", "--key", "id"], CONFIG, "numbers.toml would not do: columns lacks id, which table.key names"),
+        (["numbers", "--key", "order_id", "--key", "order_id"], CONFIG, "table.key names the same twice"),
         (["empty"], FAILED, "no column of empty has the name of a field; the fields are: orderId, customer,"),
     ]:
         execute(bench.database, "CREATE TABLE IF NOT EXISTS empty (nothing text)")
+        execute(bench.database, "CREATE TABLE IF NOT EXISTS numbers (order_id bigint)")
         done = bench.init(*arguments)
         assert (code, 1) == (done.returncode, len(done.stderr.splitlines())), done.stderr
         assert words in done.stderr

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from tests.acceptance.events import TIMEOUT, handler, kill_while_writing
 from tests.acceptance.halts import expect_rows, landed, make_tables, send
@@ -283,4 +285,45 @@ def test_a_topic_that_comes_to_match_is_read_from_its_start(
     send(kafka, first, range(10, 15))
     expect_rows(database, "events", [*range(10, 15), *range(100, 110)])
     assert [first, second] == sorted(p["topic"] for p in status(run)["partitions"])
+    assert 0 == run.stop()
+
+
+@pytest.mark.parametrize("action", ["skip", "halt"])
+def test_a_topic_that_comes_to_match_needs_no_letters_where_there_are_none(
+    kafka: KafkaServer, database: str, daemon: MakeDaemon, prefix: str, action: str
+) -> None:
+    """Without a dead-letter topic, which neither action needs, a topic that appears is read as those before it."""
+    make_tables(database, "events")
+    kafka.make_topic(f"{prefix}.first")
+    many = {
+        **handler(f"^{prefix}\\.", "events", write="append"),
+        "group_id": prefix,
+        "poison": {"action": action},
+        "dead_letter": {"topic": f"{prefix}-never-made"},
+    }
+    run = daemon({"many": many}, OFTEN)
+    kafka.make_topic(f"{prefix}.second", 1)
+    send(kafka, f"{prefix}.second")
+    expect_rows(database, "events")
+    assert "running" == status(run)["state"]
+    assert 0 == run.stop()
+
+
+def test_a_table_that_is_locked_holds_up_no_other(
+    kafka: KafkaServer, database: str, daemon: MakeDaemon, prefix: str
+) -> None:
+    """The catalog waits for the lock on a table: its topic waits with it, and the others are claimed meanwhile."""
+    free, locked = (f"{prefix}.{name}" for name in ("free", "locked"))
+    for name in (free, locked):
+        kafka.make_topic(name)
+        send(kafka, name)
+    execute(database, "CREATE SCHEMA raw")
+    make_tables(database, table_of(free))
+    execute(database, f"CREATE TABLE {table_of(locked)} (id bigint DEFAULT 0, n bigint)")
+    with psycopg.connect(database) as conn:
+        conn.execute(sql.SQL("LOCK TABLE {}").format(sql.Identifier("raw", locked)))
+        run = daemon({"many": by_topic(prefix)}, wait=False)
+        expect_rows(database, table_of(free))
+        wait_until(lambda: "postgres" in status(run)["waiting_for"], TIMEOUT, "the topic that waits")
+    expect_rows(database, table_of(locked))
     assert 0 == run.stop()
