@@ -56,7 +56,8 @@ class Breaker:
                 return
             self._take_off(batch.judged)
         batch.judged = Judged(partition=batch.partition, at=now, messages=messages, refused=refused)
-        self._seen.append(batch.judged)
+        if messages:  # else nothing would ever push it out of a window that stretches
+            self._seen.append(batch.judged)
         self._add(batch.partition, messages, refused)
         while self._seen and self._seen[0].at < now - self._config.window:
             if self._messages - self._seen[0].messages < self._config.min_messages:

@@ -55,6 +55,17 @@ def test_what_is_skipped_does_not_count() -> None:
         Breaker(CONFIG).judge(it, 0.0)
 
 
+def test_batches_of_which_nothing_is_taken() -> None:
+    """What is skipped as a whole is not kept, however long nothing else comes: it would be a leak."""
+    breaker = Breaker(CONFIG)
+    breaker.judge(batch(1, 0), 0.0)
+    for second in range(1, 1000):
+        it = batch(3, 0)
+        it.skipped["where"] = 3
+        breaker.judge(it, 100.0 * second)
+    assert len(breaker._seen) == 1
+
+
 def test_too_few_messages() -> None:
     """Below min_messages nothing is judged, were all of it poison."""
     Breaker(CONFIG).judge(batch(99, 99), 0.0)
