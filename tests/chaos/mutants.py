@@ -191,7 +191,7 @@ MUTANTS = (
                 new="                elif self._member is not None:\n",
             ),
         ),
-        kinds=("daemon killed",),
+        kinds=("daemon killed", "Kafka connections deaf", "Kafka connections slow"),
         faults=30,
         mode="kafka",
     ),
