@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
+from consumerd import runners
 from consumerd.accumulator import Batch
 from consumerd.config import HandlerConfig
 from consumerd.errors import Halt, Outage, Refusal
@@ -308,3 +310,35 @@ def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
         return numbers(it)
 
     assert [0, 1] == asyncio.run(signalled(InProcess("work:transform", folder, 60.0)))
+
+
+HALF = """
+import time
+
+def half_batch(records):
+    if records[0]["n"] == 0:
+        return []
+    time.sleep(3)
+    return records
+"""
+
+
+def test_a_halt_leaves_no_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another worker is at when a call halts the handler ends with it, and no process is started for it again."""
+    (folder / "half.py").write_text(HALF)
+    spawned, spawn = [], runners._spawn
+
+    def seen(*numbers: int) -> subprocess.Popen[bytes]:
+        spawned.append(spawn(*numbers))
+        return spawned[-1]
+
+    monkeypatch.setattr(runners, "_spawn", seen)
+
+    async def halted(transformer: Transformer) -> list[asyncio.Task[Any]]:
+        with pytest.raises(Halt, match="0 entries for 5 records"):
+            await transformer.complete(batch(10))
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert using(folder, halted, workers=2, function="half:half_batch", timeout=20) == []
+    assert len(spawned) == 2
+    assert all(process.poll() is not None for process in spawned)
