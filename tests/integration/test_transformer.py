@@ -313,13 +313,16 @@ def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
 
 
 HALF = """
-import time
+import asyncio, time
 
 def half_batch(records):
     if records[0]["n"] == 0:
         return []
     time.sleep(3)
     return records
+
+def cancelled(record):
+    raise asyncio.CancelledError("secret")
 """
 
 
@@ -342,3 +345,14 @@ def test_a_halt_leaves_no_process(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert using(folder, halted, workers=2, function="half:half_batch", timeout=20) == []
     assert len(spawned) == 2
     assert all(process.poll() is not None for process in spawned)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_is_raised_is_about_the_record(folder: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """What asyncio takes for the end of a task ends none of ours, nor a process, and its text is told nowhere."""
+    (folder / "half.py").write_text(HALF)
+    sys.modules.pop("half", None)
+    it = batch(2)
+    using(folder, lambda transformer: transformer.complete(it), workers=workers, function="half:cancelled")
+    assert numbers(it) == ["asyncio.exceptions.CancelledError"] * 2
+    assert "secret" not in "".join(capfd.readouterr())
