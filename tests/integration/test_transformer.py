@@ -356,3 +356,30 @@ def test_whatever_is_raised_is_about_the_record(folder: Path, workers: int, capf
     using(folder, lambda transformer: transformer.complete(it), workers=workers, function="half:cancelled")
     assert numbers(it) == ["asyncio.exceptions.CancelledError"] * 2
     assert "secret" not in "".join(capfd.readouterr())
+
+
+def test_a_disk_that_is_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers need no file: a container's root may be read-only (deploy/kubernetes.yaml)."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    it = batch(3)
+    using(folder, lambda transformer: transformer.complete(it), workers=1)
+    assert numbers(it) == [0, 1, 2]
+
+
+def test_no_process_can_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has no process left to replace a lost one, that is an outage, and no defect of ours."""
+    spawn = runners._spawn
+    it = batch(3, at1={"what": "once", "flag": str(folder / "flag")})
+
+    async def work(transformer: Transformer) -> None:
+        def refused(*_: int) -> subprocess.Popen[bytes]:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(runners, "_spawn", refused)
+        with pytest.raises(Outage, match="no worker process can be started: Resource temporarily unavailable"):
+            await transformer.complete(it)
+        monkeypatch.setattr(runners, "_spawn", spawn)
+        await transformer.complete(it)
+
+    using(folder, work, workers=1)
+    assert numbers(it) == [0, 1, 2]
