@@ -1,8 +1,8 @@
 """The table as Postgres has it: columns, types, unique indexes, privileges, and a fingerprint of them.
 
 The live catalog decides what a value must look like; nothing about the table stands in the configuration. The
-fingerprint (names, types, type modifiers) is compared again inside every write: binary COPY into a column whose type
-has changed meanwhile loads garbage without an error (seen: int8 into timestamp).
+fingerprint of what was read is compared again inside every write: binary COPY into a column whose type has changed
+meanwhile loads garbage without an error (seen: int8 into timestamp).
 """
 
 from __future__ import annotations
@@ -141,11 +141,23 @@ class Table:
 
 
 FINGERPRINT = """\
-SELECT coalesce(string_agg(concat_ws(' ', attname, atttypid, atttypmod, CASE WHEN attnotnull AND atthasdef THEN
-    (SELECT md5(adbin::text) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) END
-), ',' ORDER BY attnum), '')
-FROM pg_catalog.pg_attribute WHERE attrelid = {table} AND attnum > 0 AND NOT attisdropped"""
-"""The default of a column that takes no NULL stands in for absent values."""
+SELECT concat_ws(E'\\n',
+    (SELECT string_agg(concat_ws(' ', attname, atttypid, atttypmod, attnotnull, attidentity, attgenerated,
+        CASE WHEN attnotnull AND atthasdef THEN
+            (SELECT md5(adbin::text) FROM pg_catalog.pg_attrdef WHERE adrelid = attrelid AND adnum = attnum) END
+     ), ',' ORDER BY attnum)
+     FROM pg_catalog.pg_attribute WHERE attrelid = {table} AND attnum > 0 AND NOT attisdropped),
+    (SELECT concat_ws(' ', relpersistence, relhasrules) FROM pg_catalog.pg_class WHERE oid = {table}),
+    (SELECT string_agg(concat_ws(' ', indkey, indnkeyatts, indpred IS NULL, indexprs IS NULL), ',' ORDER BY indexrelid)
+     FROM pg_catalog.pg_index
+     WHERE indrelid = {table} AND (indisunique OR indisexclusion) AND indimmediate AND indisvalid),
+    (SELECT string_agg(oid::text, ',' ORDER BY oid) FROM pg_catalog.pg_constraint
+     WHERE conrelid = {table} AND contype = 'c'),
+    (SELECT string_agg(oid::text, ',' ORDER BY oid) FROM pg_catalog.pg_trigger
+     WHERE tgrelid = {table} AND NOT tgisinternal AND tgtype & 3 = 3))"""
+"""Whatever a mapping goes by. The default of a column that takes no NULL stands in for absent values; without its
+unique index a COPY straight into the table would double rows; a trigger before rows may drop some of a merge; a staging
+table keeps the constraints that it was made with. Of partitions nothing: there may be thousands."""
 
 _RELATION = """\
 SELECT c.oid::int8, c.relkind::text, c.relpersistence::text,

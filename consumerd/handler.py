@@ -164,6 +164,8 @@ def encode(record: object) -> bytes:
     value = _encode(record)
     if not value.startswith(b"{"):
         raise TypeError(f"None, a dict or a list of dicts must be returned, not {type(record).__qualname__}")
-    if b"null" in value:  # which NaN has become without a word
+    if b"null" in value:  # which a float's NaN has become without a word
         json.dumps(msgspec.to_builtins(record), allow_nan=False)
+    if b"NaN" in value or b"Infinity" in value:  # a Decimal's own are written as they are
+        msgspec.json.decode(value)
     return value

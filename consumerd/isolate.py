@@ -38,8 +38,8 @@ BUDGET_SECONDS = 5.0
 """Seconds of one search: it holds the checkpoint's lock, and a stop waits for it."""
 LONGEST_SECONDS = 30.0
 """Seconds more after which a search ends though fewer rows are settled than were asked for."""
-ORPHAN = "23503"
-"""foreign_key_violation"""
+ORPHANS = {"23503", "23001"}
+"""foreign_key_violation and restrict_violation: what a row refers to, or is referred to by, may change in a moment."""
 
 
 async def isolate(
@@ -79,7 +79,7 @@ async def isolate(
             continue
         row = None if rejected.row is None else bisect_right(borders, first + rejected.row) - 1 - start
         pieces += _pieces(start, end, row)
-    for position in sorted((p for p, refusal in refused.items() if refusal.sqlstate == ORPHAN), reverse=True):
+    for position in sorted((p for p, refusal in refused.items() if refusal.sqlstate in ORPHANS), reverse=True):
         first, last = borders[position], borders[position + 1]
         if await _try(conn, sink, rows[first:last], first) is None:
             del refused[position]

@@ -20,12 +20,12 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 import consumerd
-from consumerd.errors import Halt
+from consumerd.errors import Halt, Outage
 from consumerd.transform import NONE, Answer, load
 from consumerd.worker import CELL, LENGTH, Setup
 
@@ -127,7 +127,7 @@ class InProcess:
     async def start(self) -> None:
         """Start a process and have it import the function."""
         ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile() as cell:
+        with theirs, _memory() as cell:
             cell.truncate(CELL.size)
             self._noted = memoryview(mmap.mmap(cell.fileno(), CELL.size)).cast("q")
             self._process = _spawn(theirs.fileno(), cell.fileno())
@@ -145,9 +145,12 @@ class InProcess:
             raise Halt("transform", answer.halt)
 
     async def answer(self, request: Request) -> Answer:
-        """Call the function; a process that was lost is replaced first."""
+        """Call the function; a process that was lost is replaced first. Raises Outage where that cannot be now."""
         if self._process is None:
-            await self.start()
+            try:
+                await self.start()
+            except OSError as error:
+                raise Outage("transform", f"no worker process can be started: {error.strerror}") from error
         self._noted[0] = NONE
         try:
             return await _watched(asyncio.ensure_future(self._ask(request)), self._timeout, lambda: self._noted[0])
@@ -186,6 +189,11 @@ class InProcess:
         process.kill()
         code = await asyncio.to_thread(process.wait)
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _memory() -> IO[bytes]:
+    """Return what two processes can map; no file where it can be helped: a container's disk may be read-only."""
+    return os.fdopen(os.memfd_create("consumerd"), "r+b") if sys.platform == "linux" else tempfile.TemporaryFile()
 
 
 def _spawn(connection: int, cell: int) -> subprocess.Popen[bytes]:

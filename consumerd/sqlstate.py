@@ -82,6 +82,7 @@ CODES: dict[str, Next] = {
     "22P01": Next.ISOLATE,
     "22P02": Next.ISOLATE,
     "22P05": Next.ISOLATE,
+    "23001": Next.ISOLATE,  # a deletion, ON DELETE RESTRICT: 23503 before Postgres 18
     "23502": Next.ISOLATE,
     "23503": Next.ISOLATE,
     "23505": Next.ISOLATE,

@@ -124,7 +124,7 @@ class Transform:
             answer.retry = _sentence(retry)
         except Misuse as misuse:
             answer.halt = str(misuse)
-        except (Exception, SystemExit):  # noqa: BLE001 - which record it was is found by calling it for each alone
+        except BaseException:  # noqa: BLE001 - which record it was is found by calling it for each alone
             return False
         else:
             answer.outcomes += [
@@ -148,7 +148,7 @@ class Transform:
             answer.halt = str(misuse)
         except Poison as poison:
             return self._refuse(poison, _sentence(poison))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever users' code raises is about this record
+        except BaseException as error:  # noqa: BLE001 - whatever users' code raises is about this record
             return self._refuse(error, f"{type(error).__qualname__} at {self._place(error)}")
         else:
             return self._values_of(returned)
@@ -233,7 +233,7 @@ def load(name: str, folder: Path) -> Transform:
                 "transform", f"there is no module {module_name}: write {file}.py, or correct `transform.function`"
             ) from error
         raise _broken(module_name, error, folder) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise _broken(module_name, error, folder) from error
     beside = [path for path in (file.with_name(f"{file.name}.py"), file / "__init__.py") if path.is_file()]
     if beside and Path(module.__file__ or "").resolve() != beside[0].resolve():

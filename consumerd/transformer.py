@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -24,7 +24,7 @@ from consumerd.runners import InProcess, InThread, Lost
 from consumerd.transform import ALL, NONE, Answer, Item, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
     from consumerd.accumulator import Batch
     from consumerd.config import HandlerConfig
@@ -82,7 +82,7 @@ class Transformer:
             parts = self._parts(batch.messages[len(batch.outcomes) :])
             settled = [self._settled(part) for part in parts]
             requests = [_request(batch.partition, part, known) for part, known in zip(parts, settled, strict=True)]
-            answers = await asyncio.gather(*map(self._answer, requests))
+            answers = await _all([self._answer(request) for request in requests])
             for part, known, answer in zip(parts, settled, answers, strict=True):
                 came = _merged(len(part), known, answer.outcomes)
                 batch.outcomes += came
@@ -170,6 +170,20 @@ class Transformer:
             )
         message = f"{self._config.function} {lost}, and so again when it was tried alone"
         return Answer([Refusal(reason="transform", stage="transform", error=lost.error, message=message)])
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """Return all answers.
+
+    Where one call is a halt the others end with it: they would go on in new processes when theirs are closed.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def size_of(outcome: Outcome) -> int:

@@ -16,7 +16,7 @@ from consumerd import postgres
 from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
 from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
-from consumerd.isolate import ORPHAN, isolate
+from consumerd.isolate import ORPHANS, isolate
 from consumerd.sinks.copy import CopyData
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class Writer:
                 at_least=member.breaker.lacks(batch),
                 now=time.monotonic,
             )
-        if any(refusal.sqlstate == ORPHAN for refusal in refused.values()):
+        if any(refusal.sqlstate in ORPHANS for refusal in refused.values()):
             _be_patient(batch)
         positions = [rows.positions[start] for start in starts]
         if settled < len(positions):

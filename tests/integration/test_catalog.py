@@ -182,6 +182,38 @@ async def test_a_default_is_part_of_the_fingerprint(database: str) -> None:
     assert found == [False, True]
 
 
+CHANGES = {
+    "NOT NULL dropped": "ALTER TABLE t ALTER v DROP NOT NULL",
+    "unique index dropped": "DROP INDEX i",
+    "unique index made": "CREATE UNIQUE INDEX ON t (v)",
+    "CHECK dropped": "ALTER TABLE t DROP CONSTRAINT c",
+    "trigger made": "CREATE TRIGGER b BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION keep()",
+    "rule made": "CREATE RULE r AS ON INSERT TO t DO ALSO NOTIFY t",
+    "unlogged": "ALTER TABLE t SET UNLOGGED",
+    "no expression any more": "ALTER TABLE t ALTER g DROP EXPRESSION",
+    "dropped": "DROP TABLE t",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_what_a_mapping_goes_by_is_part_of_the_fingerprint(database: str, change: str) -> None:
+    """A change of anything that was read of the table is noticed by the next write; what is no change is not."""
+    make = """
+        CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TABLE t (id int, v text NOT NULL, g int GENERATED ALWAYS AS (id + 1) STORED,
+                        CONSTRAINT c CHECK (v <> ''));
+        CREATE UNIQUE INDEX i ON t (id)"""
+    table = (await read(database, make)).mapping.table
+    conn = await connected(database)
+    found = []
+    for statement in ("REINDEX INDEX CONCURRENTLY i", "INSERT INTO t VALUES (1, 'a')", "ANALYZE t", CHANGES[change]):
+        await conn.execute(statement.encode())
+        cursor = await conn.execute(catalog.fingerprint_query("t"))
+        found += [row == (table.fingerprint,) for row in await cursor.fetchall()]
+    await conn.close()
+    assert found == [True, True, True, False]
+
+
 async def test_a_default_that_its_domain_refuses(database: str) -> None:
     """A default that stands for "give a value" stops nothing: it is Postgres that refuses the row."""
     execute(database, "CREATE DOMAIN named AS text CHECK (VALUE <> '')")

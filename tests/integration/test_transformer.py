@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
+from consumerd import runners
 from consumerd.accumulator import Batch
 from consumerd.config import HandlerConfig
 from consumerd.errors import Halt, Outage, Refusal
@@ -308,3 +310,76 @@ def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
         return numbers(it)
 
     assert [0, 1] == asyncio.run(signalled(InProcess("work:transform", folder, 60.0)))
+
+
+HALF = """
+import asyncio, time
+
+def half_batch(records):
+    if records[0]["n"] == 0:
+        return []
+    time.sleep(3)
+    return records
+
+def cancelled(record):
+    raise asyncio.CancelledError("secret")
+"""
+
+
+def test_a_halt_leaves_no_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another worker is at when a call halts the handler ends with it, and no process is started for it again."""
+    (folder / "half.py").write_text(HALF)
+    spawned, spawn = [], runners._spawn
+
+    def seen(*numbers: int) -> subprocess.Popen[bytes]:
+        spawned.append(spawn(*numbers))
+        return spawned[-1]
+
+    monkeypatch.setattr(runners, "_spawn", seen)
+
+    async def halted(transformer: Transformer) -> list[asyncio.Task[Any]]:
+        with pytest.raises(Halt, match="0 entries for 5 records"):
+            await transformer.complete(batch(10))
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert using(folder, halted, workers=2, function="half:half_batch", timeout=20) == []
+    assert len(spawned) == 2
+    assert all(process.poll() is not None for process in spawned)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_is_raised_is_about_the_record(folder: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """What asyncio takes for the end of a task ends none of ours, nor a process, and its text is told nowhere."""
+    (folder / "half.py").write_text(HALF)
+    sys.modules.pop("half", None)
+    it = batch(2)
+    using(folder, lambda transformer: transformer.complete(it), workers=workers, function="half:cancelled")
+    assert numbers(it) == ["asyncio.exceptions.CancelledError"] * 2
+    assert "secret" not in "".join(capfd.readouterr())
+
+
+def test_a_disk_that_is_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers need no file: a container's root may be read-only (deploy/kubernetes.yaml)."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    it = batch(3)
+    using(folder, lambda transformer: transformer.complete(it), workers=1)
+    assert numbers(it) == [0, 1, 2]
+
+
+def test_no_process_can_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has no process left to replace a lost one, that is an outage, and no defect of ours."""
+    spawn = runners._spawn
+    it = batch(3, at1={"what": "once", "flag": str(folder / "flag")})
+
+    async def work(transformer: Transformer) -> None:
+        def refused(*_: int) -> subprocess.Popen[bytes]:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(runners, "_spawn", refused)
+        with pytest.raises(Outage, match="no worker process can be started: Resource temporarily unavailable"):
+            await transformer.complete(it)
+        monkeypatch.setattr(runners, "_spawn", spawn)
+        await transformer.complete(it)
+
+    using(folder, work, workers=1)
+    assert numbers(it) == [0, 1, 2]

@@ -111,17 +111,17 @@ def test_each_way_that_a_call_ends() -> None:
             "text": "text",
             "texts": [{"n": 1}, "text"],
             "nan": {"n": float("inf"), "m": None},
+            "decimal": {"n": decimal.Decimal("-Infinity")},
             "object": {"n": object()},
             "surrogate": {"n": "\ud800"},
         }[record["kind"]]
 
-    kinds = ["one", "two", "none", "empty", "text", "texts", "nan", "object", "surrogate", "absent"]
+    kinds = ["one", "two", "none", "empty", "text", "texts", "nan", "decimal", "object", "surrogate", "absent"]
     outcomes = answer(transform, *(json.dumps({"kind": kind}).encode() for kind in kinds)).outcomes
     assert [(b'{"n":1}',), (b'{"n":1}', b'{"n":2}'), (), ()] == outcomes[:4]
-    assert ["transform"] * 6 == reasons(outcomes[4:])
-    assert ["TypeError", "TypeError", "ValueError", "TypeError", "UnicodeEncodeError", "KeyError"] == [
-        outcome.error for outcome in outcomes[4:] if isinstance(outcome, Refusal)
-    ]
+    assert ["transform"] * 7 == reasons(outcomes[4:])
+    errors = ["TypeError"] * 2 + ["ValueError", "msgspec.DecodeError", "TypeError", "UnicodeEncodeError", "KeyError"]
+    assert errors == [outcome.error for outcome in outcomes[4:] if isinstance(outcome, Refusal)]
 
 
 def test_an_exception_is_told_without_its_text() -> None:
