@@ -226,6 +226,10 @@ class ConsumerThread(threading.Thread):
         """Read these topics from now on: those of before, and others that have appeared."""
         await self._ask(lambda consumer: self._subscribe_to(consumer, topics))
 
+    async def join_anew(self) -> None:
+        """Have the group's partitions divided anew: this member's own are revoked, and come back, for that."""
+        await self._ask(self._join_anew)
+
     async def stop_delivery(self) -> None:
         """Deliver no more messages; callbacks are served on. Raises Outage when there is no consumer just now."""
         self._stopping.set()
@@ -274,6 +278,7 @@ class ConsumerThread(threading.Thread):
                 self._turn(consumer)
             if not self._over:
                 self._finish(consumer)
+                self._say_goodbye(consumer)
         except ConsumerdError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - the root of the thread
@@ -425,6 +430,15 @@ class ConsumerThread(threading.Thread):
             if self.commits.all_answered():
                 return
             consumer.consume(1, IDLE_WAIT)
+
+    def _say_goodbye(self, consumer: ck.Consumer) -> None:
+        """Say to the group that a member without a partition goes.
+
+        `close()` says so of one that has some; of one that has none the group learns when its session times out, and a
+        rebalance that is under way waits as long (seen).
+        """
+        if not self._owned and self._incremental and not self._has_own_id():
+            consumer.unsubscribe()
 
     def _pause_all(self, consumer: ck.Consumer) -> None:
         self._live.clear()
@@ -585,10 +599,15 @@ class ConsumerThread(threading.Thread):
         of its subscription. Static members, and those of the consumer protocol, have an id of their own.
         """
         session = int(self._config.get("session.timeout.ms", SESSION_TIMEOUT_MS)) / 1000
-        its_own = "group.instance.id" in self._config or self._config.get("group.protocol") == "consumer"
-        if self._rejoining or its_own or not self._incremental or away < session * REJOIN_AFTER:
+        if self._rejoining or self._has_own_id() or not self._incremental or away < session * REJOIN_AFTER:
             return
         self._rejoining = True
+        self._join_anew(consumer)
+
+    def _has_own_id(self) -> bool:
+        return "group.instance.id" in self._config or self._config.get("group.protocol") == "consumer"
+
+    def _join_anew(self, consumer: ck.Consumer) -> None:
         self._subscribe(consumer, [NO_TOPIC])
         self._subscribe(consumer, self._topics)  # librdkafka keeps it until the revoke that comes of the first is done
 

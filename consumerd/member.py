@@ -131,6 +131,7 @@ class Member:
                 tasks.create_task(self._fail(), name=f"{name}: failure")
                 tasks.create_task(self._watch_topics(), name=f"{name}: topics")
                 tasks.create_task(self._follow_patterns(), name=f"{name}: patterns")
+                tasks.create_task(self._follow_partitions(), name=f"{name}: partitions")
                 tasks.create_task(self.reconciler.run(), name=f"{name}: reconcile")
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
@@ -229,6 +230,30 @@ class Member:
         while (interval := self._topics.look_interval) is not None:
             await asyncio.sleep(interval)
             await self.retry(PATTERNS, self._take_up_topics)
+
+    async def _follow_partitions(self) -> None:
+        """Have partitions divided anew that nobody has, look after look.
+
+        A static member that starts again is given what it had, without a rebalance, and whoever led the group by then
+        does not look for what is new any more: partitions and topics that came meanwhile would be nobody's.
+        """
+        kafka = self.config.kafka
+        if kafka.group_instance_id is None or not kafka.admin:
+            return
+        assert self._thread is not None  # noqa: S101 - it was started
+        seen: set[TopicPartition] = set()
+        while (interval := self._topics.look_interval) is not None:
+            await asyncio.sleep(interval)
+            try:
+                now = await self._topics.unassigned(self.handler.group_id, self._found)
+                if now & seen:
+                    names = " ".join(map(str, sorted(now & seen)))
+                    log.info("nobody has partitions: joining anew", extra={"handler": self.handler.name, "left": names})
+                    await self._thread.join_anew()
+                    now = set()
+            except Outage:  # the consumer meets the same, and tells
+                now = set()
+            seen = now
 
     async def _take_up_topics(self) -> None:
         """Read topics that have appeared; but one whose letters would not fit stops nobody else."""

@@ -14,11 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from consumerd.brokers import client_config
 from consumerd.errors import ConfigError, Halt, Outage
+from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -145,6 +146,14 @@ class Topics:
             name: Topic(name=name, partitions=there[name], topic_id=ids.get(name), matched=True, late=True)
             for name in sorted(new)
         }
+
+    async def unassigned(self, group: str, topics: Iterable[str]) -> set[TopicPartition]:
+        """Return the partitions of topics that no member of a group has; none while it is dividing them."""
+        there = await self._call(self._partitions)
+        held = await self._call(self._held, group)
+        if held is None:
+            return set()
+        return {TopicPartition(name, n) for name in topics for n in range(there.get(name, 0))} - held
 
     @property
     def look_interval(self) -> float | None:
@@ -289,6 +298,15 @@ class Topics:
                 if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise
         return ids
+
+    def _held(self, group: str) -> set[TopicPartition] | None:
+        """Return what the members of a group hold; None while that changes."""
+        (future,) = self._admin.describe_consumer_groups([group], request_timeout=CALL_TIMEOUT).values()
+        described = future.result(CALL_TIMEOUT)
+        if described.state != ConsumerGroupState.STABLE:
+            return None
+        assigned = [each for member in described.members for each in member.assignment.topic_partitions]
+        return {TopicPartition(each.topic, each.partition) for each in assigned}
 
     def _settings(self, topic: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)

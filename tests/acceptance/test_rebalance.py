@@ -15,9 +15,18 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
-from tests.acceptance.events import Events, MakeEvents, checkpoints, committed, halt_of, held, wait_for_halt
+from tests.acceptance.events import (
+    Events,
+    MakeEvents,
+    checkpoints,
+    committed,
+    halt_of,
+    handler,
+    held,
+    wait_for_halt,
+)
 from tests.acceptance.stream import COLUMNS, Stream
-from tests.conftest import SESSION_TIMEOUT_MS
+from tests.conftest import SESSION_TIMEOUT_MS, MakeDaemon
 from tests.servers.daemon import Daemon
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port, wait_until
@@ -25,6 +34,8 @@ from tests.servers.sql import blocked, execute, locked
 
 TIMEOUT = 40  # seconds for anything that a test waits for: a session may have to time out in it
 CLASSIC: dict[str, object] = {"session.timeout.ms": SESSION_TIMEOUT_MS, "heartbeat.interval.ms": 500}
+LONG_SESSION: dict[str, object] = {"session.timeout.ms": 30_000}
+SHORT = 15  # seconds: much less than such a session
 PROTOCOLS: dict[str, dict[str, object]] = {
     "eager": CLASSIC | {"partition.assignment.strategy": "range"},
     "cooperative": CLASSIC | {"partition.assignment.strategy": "cooperative-sticky"},
@@ -330,3 +341,40 @@ def test_a_spare_member_is_ready(database: str, events: MakeEvents, protocol: st
     spare = join(made, PROTOCOLS[protocol])  # waits until it is ready
     assert held(spare) == []
     assert made.state() == "running"
+
+
+def test_partitions_that_came_while_a_static_member_was_away_are_read(database: str, events: MakeEvents) -> None:
+    """The broker gives a static member back what it had, without a rebalance; what is new is asked for."""
+    made = events(database, 1)
+    often = LONG_SESSION | {"topic.metadata.refresh.interval.ms": 300}
+    daemon = join(made, often, made.stream.topic)
+    made.stream.produce(100)
+    lands(made)
+    assert daemon.stop() == 0
+    admin = AdminClient({"bootstrap.servers": made.stream.bootstrap})
+    admin.create_partitions([NewPartitions(made.stream.topic, 2)])[made.stream.topic].result(TIMEOUT)
+    stream = made.stream
+    made.stream = Stream(stream.bootstrap, stream.topic, 2, stream.sent, stream._next)
+    made.stream.produce(100)
+    made.start_again()
+    wait_until(lambda: made.partitions() == [0, 1], SHORT, "the partition that is new")
+    lands(made)
+    assert daemon.stop() == 0
+    check(made)
+
+
+def test_a_spare_member_that_goes_holds_up_nobody(database: str, events: MakeEvents, daemon: MakeDaemon) -> None:
+    """One that leaves before it was given a partition says so: the rebalance that it began does not wait for it."""
+    made = events(database, 4)
+    stays = join(made, LONG_SESSION)
+    made.stream.produce(100)
+    lands(made)
+    config = {"kafka": {"properties": LONG_SESSION}, "postgres": {"dsn": database}}
+    handlers = {"events": handler(made.stream.topic, "events", write="append") | made.keys}
+    goes = daemon(handlers, config, "--until-end", wait=False)
+    assert goes.process.wait(TIMEOUT) == 0
+    wait_until(lambda: held(stays) == [0, 1, 2, 3], SHORT, "all partitions")
+    made.stream.produce(100)
+    lands(made)
+    assert stays.stop() == 0
+    check(made)
