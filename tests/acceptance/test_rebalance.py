@@ -23,6 +23,7 @@ from tests.acceptance.events import (
     halt_of,
     handler,
     held,
+    members,
     wait_for_halt,
 )
 from tests.acceptance.stream import COLUMNS, Stream
@@ -363,7 +364,9 @@ def test_partitions_that_came_while_a_static_member_was_away_are_read(database: 
     check(made)
 
 
-def test_a_spare_member_that_goes_says_so(database: str, events: MakeEvents, daemon: MakeDaemon) -> None:
+def test_a_spare_member_that_goes_says_so(
+    kafka: KafkaServer, database: str, events: MakeEvents, daemon: MakeDaemon
+) -> None:
     """One without a partition leaves its group at once: a rebalance under way would wait for its session."""
     made = events(database, 1)
     stays = join(made, LONG_SESSION)
@@ -373,12 +376,6 @@ def test_a_spare_member_that_goes_says_so(database: str, events: MakeEvents, dae
     handlers = {"events": handler(made.stream.topic, "events", write="append") | made.keys}
     goes = daemon(handlers, config, "--until-end", wait=False)
     assert goes.process.wait(TIMEOUT) == 0
-    admin = AdminClient({"bootstrap.servers": made.stream.bootstrap})
-
-    def members() -> int:
-        (future,) = admin.describe_consumer_groups([made.stream.topic]).values()
-        return len(future.result(TIMEOUT).members)
-
-    wait_until(lambda: members() == 1, SHORT, "a group of one member")
+    wait_until(lambda: members(kafka, made.stream.topic) == 1, SHORT, "a group of one member")
     assert stays.stop() == 0
     check(made)
