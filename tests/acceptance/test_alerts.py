@@ -57,7 +57,8 @@ def test_promtool_takes_the_rules(command: str, file: str) -> None:
 
 def test_each_alert_is_tested_both_ways() -> None:
     """For each alert alerts_test.yml has a moment at which it comes, and one, or a series, without it."""
-    comes, stays_away = set(), set()
+    comes: set[str] = set()
+    stays_away: set[str] = set()
     for test in yaml(RULES.with_name("alerts_test.yml"))["tests"]:
         for each in test["alert_rule_test"]:
             (comes if each.get("exp_alerts") else stays_away).add(each["alertname"])
