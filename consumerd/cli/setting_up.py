@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path  # noqa: TC003 - typer reads annotations
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from consumerd.cli.options import (
     EXIT_FAILED,
     EXIT_NOT_REACHED,
+    EXIT_USAGE,
     ConfigOption,
     HandlerArgument,
     LevelOption,
@@ -46,8 +48,10 @@ def setup(
 
 @app.command()
 def init(
-    topic: Annotated[str, typer.Argument(metavar="TOPIC")],
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="table or schema.table; proposed if it is not there.")],
+    topic: Annotated[str, typer.Argument(metavar="TOPIC")] = "",
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE", help="table or schema.table; proposed if it is not there.")
+    ] = "",
     config: ConfigOption = None,
     properties: PropertyOption = None,
     *,
@@ -58,6 +62,10 @@ def init(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The handler's name. Default: the table's.")] = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Messages to learn from.")] = 1000,
+    sink: Annotated[
+        Path | None,
+        typer.Option("--from-connect", metavar="FILE", help="In place of both: a Kafka Connect JDBC sink's JSON."),
+    ] = None,
     execute: Annotated[
         bool, typer.Option("--execute", help="Write the file; make table, schema and dead-letter topic if missing.")
     ] = False,
@@ -66,11 +74,16 @@ def init(
 
     A dry run without --execute.
     """
+    if (sink is None) != bool(topic and table) or (sink and key):
+        fail("write TOPIC TABLE, or --from-connect FILE, which knows its topics, table and key", EXIT_USAGE)
     loaded = load(config, properties, log_level, first=True)
-    from consumerd.commands.init import make, propose  # noqa: PLC0415 - what only `init` needs
+    from consumerd.commands.init import make, propose, propose_from_connect  # noqa: PLC0415 - what only `init` needs
 
-    handler = name or table.rpartition(".")[2]
-    proposal = complete(propose(loaded, topic, table, key=key or (), name=handler, count=count))
+    if sink is not None:
+        proposal = complete(propose_from_connect(loaded, sink, name))
+    else:
+        handler = name or table.rpartition(".")[2]
+        proposal = complete(propose(loaded, topic, table, key=key or (), name=handler, count=count))
     typer.echo(proposal.text() if output is Output.text else proposal.line())
     if execute:
         for made in complete(make(loaded, proposal)):

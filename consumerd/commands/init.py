@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from consumerd import catalog, postgres
 from consumerd.checkpoint import ensure_schema
+from consumerd.commands import from_connect
 from consumerd.commands.infer import Sample, match, new_columns, observe, written
 from consumerd.commands.sample import sample
 from consumerd.config import HandlerConfig
@@ -107,6 +108,25 @@ async def propose(config: Config, topic: str, table: str, *, key: Sequence[str],
         return _proposal(path, file(notes=notes), statement)
     finally:
         await conn.close()
+
+
+async def propose_from_connect(config: Config, sink: Path, name: str | None) -> Proposal:
+    """Return the handler of a Kafka Connect JDBC sink's file; raises ConfigError, Outage, Halt. Makes nothing."""
+    keys = from_connect.read(sink)
+    columns: list[str] = []
+    if table := from_connect.table_of(keys):
+        conn = await postgres.connect(config.postgres, "consumerd/init")
+        try:
+            async with postgres.errors_of(conn):
+                found = await catalog.load(conn, table, ())
+        finally:
+            await conn.close()
+        columns = [column.name for column in found.columns if not column.automatic]
+    converted = from_connect.convert(keys, columns)
+    path = config.daemon.handlers / f"{name or converted.name}.toml"
+    if path.exists():
+        raise ConfigError(f"{path} is there already, and is never overwritten: give the new one another --name")
+    return _proposal(path, converted.toml, None)
 
 
 def _matched(table: catalog.Table, seen: Sample) -> list[str]:
@@ -216,9 +236,11 @@ async def make(config: Config, proposal: Proposal) -> list[str]:
     finally:
         await conn.close()
     made.append(f"schema {config.postgres.schema_name} is there")
-    letters = proposal.handler.dead_letter
-    await Topics(config.kafka).ensure_dead_letter(letters, proposal.handler.topics)
-    made.append(f"dead-letter topic {letters.topic} is there")
+    if proposal.handler.poison.action == "dead-letter":
+        topics = Topics(config.kafka)
+        letters = proposal.handler.dead_letter
+        await topics.ensure_dead_letter(letters, await topics.find(proposal.handler.topics, [letters.topic]))
+        made.append(f"dead-letter topic {letters.topic} is there")
     proposal.path.parent.mkdir(exist_ok=True)
     with proposal.path.open("x", encoding="utf-8") as file:
         file.write(proposal.toml)

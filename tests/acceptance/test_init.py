@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from tests.conftest import MakeTopic
@@ -181,3 +181,30 @@ def test_no_file_is_overwritten(bench: Bench) -> None:
     assert CONFIG == done.returncode
     assert "orders.toml is there already, and is never overwritten: give the new one another --name" in done.stderr
     assert before == (bench.handlers / "orders.toml").read_text()
+
+
+def test_a_kafka_connect_sink(bench: Bench) -> None:
+    """Its file becomes a handler of its group, which goes on at the offsets that the sink has committed."""
+    execute(bench.database, 'CREATE TABLE orders ("orderId" bigint PRIMARY KEY, total numeric(10, 2), note text)')
+    name = f"sink-{bench.topic}"
+    sink = {
+        "connector.class": "io.aiven.connect.jdbc.JdbcSinkConnector",
+        "topics": bench.topic,
+        "table.name.format": "orders",
+        "value.converter.schemas.enable": "false",
+        "errors.tolerance": "all",
+        "errors.deadletterqueue.topic.name": f"{name}-dlq",
+    }
+    (bench.folder / "sink.json").write_text(json.dumps({"name": name, "config": sink}), encoding="utf-8")
+    consumer = Consumer({"bootstrap.servers": bench.kafka.bootstrap, "group.id": f"connect-{name}"})
+    consumer.commit(offsets=[TopicPartition(bench.topic, 0, 15)], asynchronous=False)
+    consumer.close()
+    done = consumerd("init", "--from-connect", "sink.json", "--execute", cwd=bench.folder)
+    assert OK == done.returncode, done.stderr
+    assert f"wrote {bench.handlers / f'{name}.toml'}" in done.stderr
+    expected = [(m["orderId"], m["note"]) for m in MESSAGES[15:]]
+    assert expected == bench.rows('SELECT "orderId", note FROM orders ORDER BY 1', len(expected))
+    again = consumerd("init", "--from-connect", "sink.json", cwd=bench.folder)
+    assert (CONFIG, True) == (again.returncode, "is never overwritten" in again.stderr)
+    both = consumerd("init", bench.topic, "orders", "--from-connect", "sink.json", cwd=bench.folder)
+    assert (2, True) == (both.returncode, "write TOPIC TABLE, or --from-connect FILE" in both.stderr)

@@ -83,7 +83,9 @@ def test_each_service_is_pinned_and_watched(services: dict[str, Any]) -> None:
 def test_what_is_wired_is_there(services: dict[str, Any]) -> None:
     """Each HOST:PORT that one service is told of is another one, or itself; who waits, waits for one that is there."""
     told = [str(service.get("environment", {})) + str(service.get("command", "")) for service in services.values()]
-    told += [(DEPLOY / name).read_text(encoding="utf-8") for name in ("prometheus.yml", "grafana/datasource.yml")]
+    told += [
+        (DEPLOY / name).read_text(encoding="utf-8") for name in ("prometheus/prometheus.yml", "grafana/datasource.yml")
+    ]
     named = re.findall(r"(?<![\w.])([a-z]+):\d{4}\b", " ".join(told))
     assert {"kafka", "consumerd", "prometheus"} == set(named)
     assert set(named) <= services.keys()
