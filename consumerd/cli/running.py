@@ -90,6 +90,8 @@ def status(
             _follow(it.watch(look, it.as_json))
         else:
             _follow(it.watch(look, show, screen=terminal), *([it.ENTER, it.LEAVE] if terminal else ["", ""]))
+    except it.NoSuchHandler as error:
+        fail(str(error), EXIT_USAGE)
     except ConsumerdError as error:
         fail(str(error), EXIT_FAILED)
 

@@ -35,8 +35,12 @@ ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a daemon 
 UNITS = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"))
 
 
+class NoSuchHandler(ConsumerdError):  # noqa: N818 - as its root's other kinds
+    """The daemon has none of that name."""
+
+
 def ask(daemon: DaemonConfig, handler: str | None = None) -> Status:
-    """Return what /status says, of one handler if it is named; raises ConsumerdError."""
+    """Return what /status says, of one handler if it is named; raises ConsumerdError, NoSuchHandler."""
     host, port = ANYWHERE.get(daemon.listen_host, daemon.listen_host), daemon.listen_port
     if port == 0:
         raise ConsumerdError("daemon.listen has port 0, and which port that became is in the log alone: write one")
@@ -60,7 +64,7 @@ def ask(daemon: DaemonConfig, handler: str | None = None) -> Status:
     if handler is None:
         return status
     if handler not in handlers:
-        raise ConsumerdError(f"the daemon runs no handler {handler}; it runs: {', '.join(sorted(handlers))}")
+        raise NoSuchHandler(f"the daemon runs no handler {handler}; it runs: {', '.join(sorted(handlers))}")
     return {**status, "handlers": {handler: handlers[handler]}}
 
 

@@ -1,0 +1,145 @@
+"""`consumerd status` and the page at /: how a daemon does, and after a halt what to type."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from consumerd.cli import app
+from tests.acceptance.halts import TIMEOUT, expect_halt, expect_rows, handler, make_tables, send
+from tests.conftest import MakeDaemon, MakeTopic
+from tests.servers.browser import chromium, dom
+from tests.servers.daemon import REPOSITORY, Daemon
+from tests.servers.kafka import KafkaServer
+from tests.servers.process import free_port, wait_until
+
+SENTENCE_WIDTH = 80
+
+
+@pytest.fixture
+def run(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> Daemon:
+    """Run a handler that has written ten rows, and one that has halted for its dead-letter topic."""
+    name = topic(2)
+    make_tables(database, "runs", "halts")
+    handlers = {"runs": handler(name, "runs"), "halts": handler(name, "halts", dead_letter={"topic": f"{name}.gone"})}
+    run = daemon(handlers, wait=False)
+    expect_halt(run, "halts")
+    send(kafka, name)
+    expect_rows(database, "runs")
+    wait_until(lambda: run.status()["handlers"]["runs"]["written"] == 10, TIMEOUT, "the rows in /status")
+    return run
+
+
+def status(run: Daemon, *arguments: str) -> tuple[int, str]:
+    """Return the exit status and what was printed."""
+    result = CliRunner().invoke(app, ["status", "-c", str(run.config), *arguments])
+    return result.exit_code, result.output
+
+
+def test_status_tells_how_each_handler_does(run: Daemon) -> None:
+    """A line for each handler within 80 columns, the halt's sentence and its command whole; one handler alone; JSON."""
+    (run.config.parent / "handlers" / "halts.toml").write_text("a mistake that somebody makes meanwhile")
+    (command,) = run.status()["handlers"]["halts"]["halt"]["commands"]
+    assert command.startswith("kafka-topics --create --topic ")
+
+    code, text = status(run)
+    lines = text.splitlines()
+    assert (code, lines[0].partition(", up")[0]) == (0, f"consumerd 0.1.0, process {run.process.pid}")
+    assert {tuple(line.split()[:3]) for line in lines[3:5]} == {("runs", "running", "2"), ("halts", "HALTED", "0")}
+    assert f"    {command}" in lines
+    assert [line for line in lines if len(line) > SENTENCE_WIDTH and line != f"    {command}"] == []
+
+    code, text = status(run, "runs")
+    assert (code, "halts" in text) == (0, False)
+    assert "consumed 10, written 10 rows since the start" in text
+
+    code, text = status(run, "halts", "-o", "json")
+    answer = json.loads(text)
+    assert (code, list(answer["handlers"])) == (0, ["halts"])
+    assert answer["handlers"]["halts"]["halt"] == run.status()["handlers"]["halts"]["halt"]
+
+    assert status(run, "other") == (2, "the daemon runs no handler other; it runs: halts, runs\n")
+
+
+def test_status_without_a_daemon(run: Daemon, tmp_path: Path) -> None:
+    """Where no daemon answers, or something else does, it is said in one sentence, and the exit status is 1."""
+    run.kill()
+    refused = f"no daemon answers at {run.listen} (daemon.listen): Connection refused; start it with `consumerd run`\n"
+    assert status(run) == (1, refused)
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as other:
+        text = run.config.read_text(encoding="utf-8").replace(run.listen, f"127.0.0.1:{port}")
+        run.config.write_text(text, encoding="utf-8")
+        wait_until(lambda: "Connection refused" not in status(run)[1], TIMEOUT, "the other server")
+        assert status(run) == (1, f"what answers at 127.0.0.1:{port} (daemon.listen) is not consumerd\n")
+        other.kill()
+
+
+def test_watch_redraws_a_terminal_until_ctrl_c(run: Daemon) -> None:
+    """On a terminal each look is drawn over the last, on a screen of its own; Ctrl-C ends it without a word."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "consumerd", "status", "--watch", "-c", str(run.config)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    os.set_blocking(master, False)
+    shown = ""
+
+    def drawn(times: int) -> bool:
+        nonlocal shown
+        with suppress(BlockingIOError, OSError):
+            shown += os.read(master, 65_536).decode()
+        return shown.count("\x1b[Hconsumerd 0.1.0") >= times
+
+    try:
+        wait_until(lambda: drawn(2), TIMEOUT, "the second look")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) == 0
+        drawn(0)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+    assert shown.startswith("\x1b[?1049h\x1b[?25l\x1b[H")
+    assert shown.endswith("\x1b[J\x1b[?25h\x1b[?1049l")
+
+
+def test_watch_writes_lines_where_there_is_no_terminal(run: Daemon) -> None:
+    """Elsewhere each look is a line for each handler, and Ctrl-C ends that as well."""
+    command = [sys.executable, "-m", "consumerd", "status", "runs", "--watch", "-c", str(run.config)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert " runs running, 2 partitions, lag 0 messages (0 s)" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, errors) == (0, "")
+    assert "\x1b" not in rest
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_shows_a_halt_with_its_command(run: Daemon, tmp_path: Path, width: int) -> None:
+    """In a browser, after its script ran, the page has each handler, and the halt's command to be copied."""
+    chromium()
+    (command,) = run.status()["handlers"]["halts"]["halt"]["commands"]
+    picture = tmp_path / "page.png"
+    page = dom(f"http://{run.listen}/", width=width, picture=picture)
+    first, second = page.texts("h2")
+    assert first.startswith("halts halted for ")
+    assert second.startswith("runs running for ")
+    assert page.texts("code") == [command]
+    assert page.texts("div", "said")[0].startswith("Halted (dead_letter): dead-letter topic ")
+    assert ("Rows written", "10") in zip(page.texts("dt"), page.texts("dd"), strict=True)
+    assert int.from_bytes(picture.read_bytes()[16:20], "big") == width
