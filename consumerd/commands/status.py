@@ -173,7 +173,7 @@ def _troubles(name: str, handler: Status, now: float) -> Iterator[str]:
         said.append(halt["message"])
         yield from ("", f"{name} halted {since} ago ({halt['reason']}):", *_prose(halt["message"]))
         if halt["commands"]:
-            yield from ("  To go on, type:", *(f"    {command}" for command in halt["commands"]))
+            yield from ("  What to type, as said above:", *(f"    {command}" for command in halt["commands"]))
     for source, sentence in handler["waiting_for"].items():
         said.append(sentence)
         yield from ("", f"{name} waits for {source}, {handler['state']} for {since}:", *_prose(sentence))

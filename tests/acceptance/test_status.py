@@ -44,7 +44,7 @@ def status(run: Daemon, *arguments: str) -> tuple[int, str]:
 
 
 def test_status_tells_how_each_handler_does(run: Daemon) -> None:
-    """A line for each handler within 80 columns, the halt's sentence and its command whole; one handler alone; JSON."""
+    """Within 80 columns, the halt's command whole; one handler alone; JSON; one sentence where no daemon answers."""
     (run.config.parent / "handlers" / "halts.toml").write_text("a mistake that somebody makes meanwhile")
     (command,) = run.status()["handlers"]["halts"]["halt"]["commands"]
     assert command.startswith("kafka-topics --create --topic ")
@@ -67,12 +67,13 @@ def test_status_tells_how_each_handler_does(run: Daemon) -> None:
 
     assert status(run, "other") == (2, "the daemon runs no handler other; it runs: halts, runs\n")
 
-
-def test_status_without_a_daemon(run: Daemon, tmp_path: Path) -> None:
-    """Where no daemon answers, or something else does, it is said in one sentence, and the exit status is 1."""
     run.kill()
     refused = f"no daemon answers at {run.listen} (daemon.listen): Connection refused; start it with `consumerd run`\n"
     assert status(run) == (1, refused)
+
+
+def test_what_is_not_the_daemon_is_told_from_it(tmp_path: Path) -> None:
+    """Where something else answers, that is said in one sentence, and the exit status is 1."""
     port = free_port()
     with subprocess.Popen(
         [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
@@ -80,15 +81,20 @@ def test_status_without_a_daemon(run: Daemon, tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as other:
-        text = run.config.read_text(encoding="utf-8").replace(run.listen, f"127.0.0.1:{port}")
-        run.config.write_text(text, encoding="utf-8")
-        wait_until(lambda: "Connection refused" not in status(run)[1], TIMEOUT, "the other server")
-        assert status(run) == (1, f"what answers at 127.0.0.1:{port} (daemon.listen) is not consumerd\n")
+        config = tmp_path / "consumerd.toml"
+        config.write_text(f'[daemon]\nlisten = "127.0.0.1:{port}"\n', encoding="utf-8")
+        result = CliRunner()
+        wait_until(
+            lambda: "refused" not in result.invoke(app, ["status", "-c", str(config)]).output, TIMEOUT, "the server"
+        )
+        answer = result.invoke(app, ["status", "-c", str(config)])
         other.kill()
+    sentence = f"what answers at 127.0.0.1:{port} (daemon.listen) is not consumerd\n"
+    assert (answer.exit_code, answer.output) == (1, sentence)
 
 
-def test_watch_redraws_a_terminal_until_ctrl_c(run: Daemon) -> None:
-    """On a terminal each look is drawn over the last, on a screen of its own; Ctrl-C ends it without a word."""
+def test_watch_goes_on_until_ctrl_c(run: Daemon) -> None:
+    """On a terminal each look is drawn over the last, elsewhere it is lines; Ctrl-C ends both without a word."""
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "consumerd", "status", "--watch", "-c", str(run.config)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -115,12 +121,9 @@ def test_watch_redraws_a_terminal_until_ctrl_c(run: Daemon) -> None:
     assert shown.startswith("\x1b[?1049h\x1b[?25l\x1b[H")
     assert shown.endswith("\x1b[J\x1b[?25h\x1b[?1049l")
 
-
-def test_watch_writes_lines_where_there_is_no_terminal(run: Daemon) -> None:
-    """Elsewhere each look is a line for each handler, and Ctrl-C ends that as well."""
-    command = [sys.executable, "-m", "consumerd", "status", "runs", "--watch", "-c", str(run.config)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout is not None
     assert " runs running, 2 partitions, lag 0 messages (0 s)" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -129,17 +132,17 @@ def test_watch_writes_lines_where_there_is_no_terminal(run: Daemon) -> None:
     assert "\x1b" not in rest
 
 
-@pytest.mark.parametrize("width", [400, 1200])
-def test_the_page_shows_a_halt_with_its_command(run: Daemon, tmp_path: Path, width: int) -> None:
+def test_the_page_shows_a_halt_with_its_command(run: Daemon, tmp_path: Path) -> None:
     """In a browser, after its script ran, the page has each handler, and the halt's command to be copied."""
     chromium()
     (command,) = run.status()["handlers"]["halts"]["halt"]["commands"]
-    picture = tmp_path / "page.png"
-    page = dom(f"http://{run.listen}/", width=width, picture=picture)
-    first, second = page.texts("h2")
-    assert first.startswith("halts halted for ")
-    assert second.startswith("runs running for ")
-    assert page.texts("code") == [command]
-    assert page.texts("div", "said")[0].startswith("Halted (dead_letter): dead-letter topic ")
-    assert ("Rows written", "10") in zip(page.texts("dt"), page.texts("dd"), strict=True)
-    assert int.from_bytes(picture.read_bytes()[16:20], "big") == width
+    for width in (400, 1200):
+        picture = tmp_path / f"{width}.png"
+        page = dom(f"http://{run.listen}/", width=width, picture=picture)
+        first, second = page.texts("h2")
+        assert first.startswith("halts halted for ")
+        assert second.startswith("runs running for ")
+        assert page.texts("code") == [command]
+        assert page.texts("div", "said")[0].startswith("Halted (dead_letter): dead-letter topic ")
+        assert ("Rows written", "10") in zip(page.texts("dt"), page.texts("dd"), strict=True)
+        assert int.from_bytes(picture.read_bytes()[16:20], "big") == width

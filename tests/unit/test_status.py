@@ -95,7 +95,7 @@ def test_handlers_are_a_table_of_80_columns() -> None:
     assert "idle waits for postgres, waiting for 66 min:" in lines
     assert "idle, last error 3 min ago, 12 times:" in lines
     assert "clicks halted 66 min ago (gap):" in lines
-    assert "  To go on, type:" in lines
+    assert "  What to type, as said above:" in lines
     assert not [line for line in lines if line.startswith("clicks, last error")], "the halt is the last error"
 
 
