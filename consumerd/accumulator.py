@@ -77,6 +77,8 @@ class Batch:
     gathered_since: float
     arrived: float = 0.0
     """When its last message came."""
+    waited: float = 0.0
+    """Seconds for which it was due and no connection was free."""
     packed: list[Packed] = field(default_factory=list)
     """The messages as rows, piece by piece."""
     packed_size: int = 0
@@ -167,6 +169,10 @@ class _Queue:
     tail: tuple[int, int] | None = None
     """Offsets, the second not included, that hold no message and follow what is written."""
     hurry: FlushReason | None = None
+    free: float | None = None
+    """When it was first seen that none is out."""
+    full: float | None = None
+    """Since when it holds half of a bound."""
 
     @property
     def since(self) -> float | None:
@@ -230,7 +236,11 @@ class Accumulator:
         queue.size += size
         self.messages += len(messages)
         self._size += size + packed.memory
-        return queue.out is None and self._bounds.reached(queue.messages, queue.size) is not None
+        if queue.free is None and queue.out is None:
+            queue.free = now
+        if queue.full is None and self._bounds.reached(queue.messages, queue.size):
+            queue.full = now
+        return queue.out is None and queue.full is not None
 
     def tail(self, partition: TopicPartition, start: int, end: int) -> None:
         """Make due a batch without messages, if the partition has none: its log ends with offsets that hold none."""
@@ -259,12 +269,12 @@ class Accumulator:
 
         Others go along with one that is due by its age. Under memory pressure everything is due.
         """
-        waiting = [
-            (reason is None, since, partition, queue, reason)
-            for partition, queue in self._queues.items()
-            if (since := queue.since) is not None
-            for reason in [self._due(queue, now, pressure=pressure)]
-        ]
+        waiting = []
+        for partition, queue in self._queues.items():
+            if (since := queue.since) is not None:
+                reason = self._due(queue, now, pressure=pressure)
+                waiting.append((reason is None, since, partition, queue, reason))
+                queue.free = now if queue.free is None else queue.free
         waiting.sort(key=lambda entry: entry[:3])
         if not waiting or (first_reason := waiting[0][-1]) is None:
             return self._take_tails(now)
@@ -280,7 +290,11 @@ class Accumulator:
                 messages + queue.messages > self._bounds.max_messages or size + queue.size > self._bounds.max_bytes
             ):
                 break
+            waited = self._waited(queue, reason, now)
             batch = queue.out = self._next(partition, queue, reason or first_reason)
+            batch.waited = waited
+            queue.free = None
+            queue.full = now if self._bounds.reached(queue.messages, queue.size) else None
             batches.append(batch)
             messages += len(batch.messages)
             size += batch.size
@@ -337,6 +351,15 @@ class Accumulator:
         if now - queue.chunks[0].arrived >= self._bounds.max_age:
             return "age"
         return queue.hurry or ("pressure" if pressure else None)
+
+    def _waited(self, queue: _Queue, reason: FlushReason | None, now: float) -> float:
+        """Return for how long a queue's next batch was due, none of it out, and nobody came for it."""
+        free = now if queue.free is None else queue.free
+        if queue.rest:
+            return now - free
+        if reason == "age":
+            return now - max(free, queue.chunks[0].arrived + self._bounds.max_age)
+        return now - max(free, queue.full) if queue.full is not None else 0.0
 
     def _take_tails(self, now: float) -> list[Batch]:
         """Return batches without messages, for the partitions whose log ends so."""

@@ -106,7 +106,8 @@ class DaemonConfig(_Section):
     handlers: Annotated[Path, BeforeValidator(absolute)] = Field(default=Path("handlers"), validate_default=True)
     """The folder of the handlers' files; a relative path starts at this file's folder."""
     listen: Annotated[str, AfterValidator(listen_address)] = "127.0.0.1:9464"
-    """Where `/metrics`, `/healthz`, `/readyz` and `/status` are; port 0 takes a free one, which the log tells."""
+    """Where the page for people, `/metrics`, `/healthz`, `/readyz` and `/status` are; port 0 takes a free one, which
+    the log tells."""
     drain_timeout: Duration = 30.0
     """How long a stop may write what is gathered; after it the daemon leaves without, and nothing is lost."""
     max_buffered: Size = 512 << 20

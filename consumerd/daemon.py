@@ -52,6 +52,8 @@ class Daemon:
             Topics(config.kafka)  # a property that librdkafka does not know is a mistake of the configuration
         self._config = config
         self._started = time.time()
+        metrics.config_last_reload_successful.set(1)
+        metrics.config_last_reload_success_timestamp.set(self._started)
         self._stop = asyncio.Event()
         self._signalled = False
         handlers = [handler for handler in config.handlers if not names or handler.name in names]
@@ -85,12 +87,16 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows; sets the gauges that are computed when somebody looks."""
-        handlers = {}
-        for member in self._members:
-            handlers[member.handler.name] = member.progress.status(member.unwritten())
-            metrics.buffered_bytes.labels(member.handler.name).set(member.memory())
-            metrics.buffer_limit_bytes.labels(member.handler.name).set(member.budget.buffered)
-        return {"version": __version__, "pid": os.getpid(), "started": self._started, "handlers": handlers}
+        now = time.time()
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": self._started,
+            "now": now,
+            "uptime_seconds": round(now - self._started, 1),
+            "reload": {"at": self._started, "successful": True, "error": None},
+            "handlers": {member.handler.name: _status(member) for member in self._members},
+        }
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -147,8 +153,27 @@ class Daemon:
                     "state": member.progress.state,
                     "rows_per_second": round(member.progress.rate()),
                     "written": member.progress.totals.written,
-                    "dead_lettered": sum(member.progress.totals.dead_lettered.values()),
+                    "dead_lettered": member.progress.totals.dead_lettered.total(),
+                    "skipped": member.progress.totals.skipped.total(),
                     "lag_messages": lag,
                     "lag_seconds": round(seconds, 1),
                 }
                 log.info("heartbeat", extra=extra)
+
+
+def _status(member: Member) -> dict[str, Any]:
+    """Return a handler's part of /status; sets its gauges."""
+    handler, name = member.handler, member.handler.name
+    buffered, limit, paused = member.memory(), member.budget.buffered, member.paused()
+    metrics.buffered_bytes.labels(name).set(buffered)
+    metrics.buffer_limit_bytes.labels(name).set(limit)
+    metrics.partitions_paused.labels(name).set(paused)
+    return {
+        "group_id": handler.group_id,
+        "topics": list(handler.topics),
+        "table": handler.table.name,
+        "buffered_bytes": buffered,
+        "buffer_limit_bytes": limit,
+        "partitions_paused": paused,
+        **member.progress.status(member.unwritten()),
+    }

@@ -7,6 +7,7 @@ Postgres SQLSTATE to one of these is `consumerd.sqlstate`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,15 @@ where: the handler's `where` does not select it. tombstone: it has no value. exi
 already (skip-existing). transform: its transform returns nothing for it. Any other is poison's, where `[poison] action`
 is `skip`.
 """
+
+
+_COMMAND = re.compile(
+    r"\b(?:consumerd (?:resume|restart|reload|setup|offsets|replay|dlq)\b|kafka-[a-z-]+ ).*?(?=`|; |, |\. |\)| \(|;?$)"
+    r'|\b(?:ALTER|CREATE|GRANT|DELETE) [A-Z](?:"[^"]*"|[^";])*;'
+)
+"""Of ours, of Kafka's tools, and SQL, as sentences name them."""
+_WHOLE = re.compile("^(?!kafka-)|--bootstrap-server ")
+"""One of Kafka's tools that is only mentioned is told by what it lacks."""
 
 
 class ConsumerdError(Exception):
@@ -113,3 +123,8 @@ class Halt(ConsumerdError):
     def __init__(self, reason: HaltReason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines to type that its message names, to be copied."""
+        return [line for line in _COMMAND.findall(str(self)) if _WHOLE.search(line)]

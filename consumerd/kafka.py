@@ -180,7 +180,7 @@ class ConsumerThread(threading.Thread):
         self._incremental = "cooperative" in strategy
         self._stopping, self._closing = threading.Event(), threading.Event()
         self.closed = self._loop.create_future()
-        # Only this thread touches these.
+        # Only this thread touches these; `paused` looks at their sizes.
         self._owned: set[TopicPartition] = set()
         self._live: set[TopicPartition] = set()
         self._paused = False
@@ -200,6 +200,11 @@ class ConsumerThread(threading.Thread):
         self._heard = 0
 
     # What the loop calls.
+
+    @property
+    def paused(self) -> int:
+        """How many of the member's partitions are not read just now: at the bound all, else those not started yet."""
+        return max(0, len(self._owned) - (0 if self._paused else len(self._live)))
 
     async def found(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
         """Ask the brokers for the bounds and the committed offsets of partitions; raises Outage."""

@@ -4,9 +4,8 @@
                       └─────────┴────────────┴──────────────────────┴─► problems, told as `file:line: key: sentence`
 
 A step that finds mistakes does not end the reading: the next steps go on with what is sound, so that one run tells all.
-A key path that has a problem already is not told twice. tomllib gives no line numbers: `key_lines` walks the text once
-more, which tomllib has accepted, and notes where each key stands; a path that is in no table of its own (an inline
-table's key, a list's item, a missing key) gets the line of its nearest ancestor.
+A key path that has a problem already is not told twice. Lines are `key_lines`'; a path that is in no table
+of its own (an inline table's key, a list's item, a missing key) gets the line of its nearest ancestor.
 """
 
 import difflib
@@ -25,15 +24,15 @@ from typing import Any, Final, Self, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from consumerd.config import Config, HandlerConfig
+from consumerd.config import Config, DaemonConfig, HandlerConfig
 from consumerd.credentials import dsn_password_key, looks_secret, parse_property
 from consumerd.errors import ConfigError
 from consumerd.scalars import TOPIC_PLACE
+from consumerd.toml_lines import KeyPath, key_lines
 
 SYSTEM_FILE = Path("/etc/consumerd/consumerd.toml")
 LOCAL_FILE = Path("consumerd.toml")
 
-KeyPath = tuple[str | int, ...]
 Model = TypeVar("Model", Config, HandlerConfig)
 
 ANY: Final = "*"
@@ -67,16 +66,6 @@ _SENTENCES: Final[Mapping[str, str]] = {
 }
 
 _VARIABLE = re.compile(r"\$\$|\$\{(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|)")
-
-_PART = r"""[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*'"""
-_KEY = rf"(?:{_PART})(?:[ \t]*\.[ \t]*(?:{_PART}))*"
-_STATEMENT = re.compile(rf"[ \t]*(?:\[\[?[ \t]*(?P<table>{_KEY})[ \t]*\]|(?P<key>{_KEY})[ \t]*=|)")
-# The pieces of a value. Long strings first; one may end in up to two quotes of its own.
-_PIECE = re.compile(
-    r'''"""(?:\\.|[^\\])*?"""(?:"{0,2})|\'\'\'.*?\'\'\'(?:'{0,2})|"(?:\\.|[^"\\\n])*"|'[^'\n]*\''''
-    r"|\#[^\n]*|[\[{]|[\]}]|\n|[^\"'#\[\]{}\n]+",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +129,24 @@ def load(
         raise ConfigError(*told)
     kafka = config.kafka.model_copy(update={"properties": {**config.kafka.properties, **properties}})
     return config.model_copy(update={"kafka": kafka, "handlers": tuple(model for model in models if model)})
+
+
+def load_daemon(path: Path | None, *, environ: Mapping[str, str] = os.environ) -> DaemonConfig:
+    """Read [daemon] of the daemon's file, for who only asks the one that runs; ConfigError tells its mistakes.
+
+    A mistake elsewhere keeps nobody from asking, nor does a variable that only the daemon's environment has.
+    """
+    main = _read(_find(path, environ), environ)
+    main.problems = [problem for problem in main.problems if problem.path[:1] in {(), ("daemon",)}]
+    section, folder = main.data.get("daemon", {}), main.path.parent
+    config = None
+    try:
+        config = DaemonConfig.model_validate(section, by_name=False, by_alias=True, context={"folder": folder})
+    except ValidationError as error:
+        _note(Config, main, error, ("daemon",))
+    if main.problems or config is None:
+        raise ConfigError(*main.told())
+    return config
 
 
 def _find(path: Path | None, environ: Mapping[str, str]) -> Path:
@@ -255,17 +262,22 @@ def _validate(model: type[Model], file: _File, folder: Path, **from_file: object
     file.problems += _unsupported(model, file.data)
     reserved = [key for key in file.data if key in model.from_file]
     file.problems += [Problem(path=(key,), sentence=_unknown(model, (key,))) for key in reserved]
-    noted = {problem.path for problem in file.problems}
     sections: dict[str, object] = {name: {} for name in ("kafka", "postgres", "table") if name in model.model_fields}
     data = {**sections, **file.data, **from_file}
     try:
         return model.model_validate(data, by_name=False, by_alias=True, context={"folder": folder})
     except ValidationError as error:
-        for details in error.errors(include_url=False, include_input=False):
-            path = tuple(part for part in details["loc"] if part != "[key]")
-            if not any(path[:length] in noted for length in range(1, len(path) + 1)):
-                file.problems.append(Problem(path=path, sentence=_sentence(model, path, details)))
+        _note(model, file, error)
     return None
+
+
+def _note(model: type[BaseModel], file: _File, error: ValidationError, within: KeyPath = ()) -> None:
+    """Note what a model says of a file, or of a table in it, where nothing is known to be wrong yet."""
+    noted = {problem.path for problem in file.problems}
+    for details in error.errors(include_url=False, include_input=False):
+        path = within + tuple(part for part in details["loc"] if part != "[key]")
+        if not any(path[:length] in noted for length in range(1, len(path) + 1)):
+            file.problems.append(Problem(path=path, sentence=_sentence(model, path, details)))
 
 
 def _unsupported(model: type[BaseModel], data: dict[str, Any]) -> Iterator[Problem]:
@@ -340,46 +352,6 @@ def conflicts(handlers: Sequence[tuple[_File, HandlerConfig]]) -> Iterator[tuple
                     f'"{topic}" is the dead-letter topic of handler {letters[topic]}: it would read letters again'
                 )
                 yield file, Problem(path=("topics", index), sentence=sentence)
-
-
-def key_lines(text: str) -> dict[KeyPath, int]:
-    """Give the line of each key path that valid TOML writes as a table's header or before a `=` at a line's start."""
-    lines: dict[KeyPath, int] = {}
-    prefix: KeyPath = ()
-    position, line = 0, 1
-    while position < len(text):
-        statement = _STATEMENT.match(text, position)
-        if statement is None:  # never: it matches the empty string too
-            break
-        if header := statement["table"]:
-            path = prefix = _parts(header)
-        else:
-            path = (*prefix, *_parts(statement["key"])) if statement["key"] else ()
-        for length in range(1, len(path)):
-            lines.setdefault(path[:length], line)
-        if path:
-            lines[path] = line
-        end = _value_end(text, statement.end())
-        line += text.count("\n", position, end)
-        position = end
-    return lines
-
-
-def _parts(key: str) -> KeyPath:
-    """Split a dotted key; quoted parts are read by tomllib itself."""
-    return tuple(
-        tomllib.loads(f"part = {part}")["part"] if part[0] in "\"'" else part for part in re.findall(_PART, key)
-    )
-
-
-def _value_end(text: str, position: int) -> int:
-    """Find where the next line of keys begins: after the first newline outside of strings and brackets."""
-    depth = 0
-    for piece in _PIECE.finditer(text, position):
-        depth += (piece[0] in {"[", "{"}) - (piece[0] in {"]", "}"})
-        if piece[0] == "\n" and depth <= 0:
-            return piece.end()
-    return len(text)
 
 
 def _line_of(path: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:

@@ -515,6 +515,7 @@ class Member:
         self.breaker.forget(partitions)
         self.held_up.tell()
         self.progress.rebalanced(len(self.assignment.assigned), lost=partitions)
+        self.progress.left()
         if self.progress.state != "halted":
             self.progress.outage("kafka", f"group {self.handler.group_id} has let this member go: {why}", GROUP)
 
@@ -650,6 +651,10 @@ class Member:
         except TimeoutError:
             return False
         return True
+
+    def paused(self) -> int:
+        """Return how many of the partitions held are not read just now."""
+        return self._thread.paused if self._thread is not None else 0
 
     def memory(self) -> int:
         """Return the memory of messages held here."""

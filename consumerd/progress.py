@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from consumerd import metrics
 from consumerd.errors import Halt
+from consumerd.recent import Errors, Writes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +26,6 @@ log = logging.getLogger(__name__)
 
 State = Literal["starting", "waiting", "running", "stopping", "stopped", "halted"]
 
-RATE_WINDOW = 10.0
-"""Seconds over which rows/s is told."""
 LETTERS_INTERVAL = 10.0
 """Seconds between two lines about dead letters: a steady trickle is not a line for each batch."""
 
@@ -67,17 +66,18 @@ class Progress:
     def __init__(self, handler: str) -> None:
         self.handler = handler
         self.state: State = "starting"
+        self.state_since = time.time()
         self.ready = False
-        """Whether the handler has joined its group; an empty assignment is ready."""
+        """Whether the handler has joined its group; an empty assignment is ready, and an outage changes nothing."""
         self.halted: Halt | None = None
         self.totals = Totals()
         self.partitions: dict[TopicPartition, PartitionProgress] = {}
         self.high: dict[TopicPartition, int] = {}
-        self.last_error: str | None = None
+        self.errors = Errors()
         self.last_commit: float | None = None
         self._outages: dict[tuple[Source, str], _Outage] = {}
         """By what is out, and by who met it: another's success says nothing of it."""
-        self._recent: deque[tuple[float, int]] = deque()
+        self._writes = Writes()
         self._untold: dict[str, Counter[str]] = {"dead-lettered": Counter(), "skipped": Counter()}
         """What became of poison since the last line about it, by reason."""
         self._told = dict.fromkeys(self._untold, -LETTERS_INTERVAL)
@@ -89,23 +89,23 @@ class Progress:
     def to(self, state: State) -> None:
         """Go to a state; a line in the log."""
         if state != self.state:
-            self.state = state
-            self._show_state()
+            self._be(state)
             log.info(state, extra={"handler": self.handler})
 
     def halt(self, halt: Halt) -> None:
         """Note a halt: the one state that only a restart ends."""
         if "restart" not in str(halt):
             halt = Halt(halt.reason, f"{str(halt).rstrip(';')}; then restart consumerd")
-        self.halted, self.last_error, self.state, self.ready = halt, str(halt), "halted", False
+        self.halted, self.ready = halt, False
+        self.errors.add(str(halt), time.time())
         self._outages.clear()
         metrics.halts.labels(self.handler, halt.reason).inc()
-        self._show_state()
+        self._be("halted")
         log.error("halted: %s", halt, extra={"handler": self.handler, "reason": halt.reason})
 
     def outage(self, source: Source, sentence: str, who: str) -> None:
         """Note an outage that somebody met; a line when it begins or says something new."""
-        self.last_error = sentence
+        self.errors.add(sentence, time.time())
         new = sentence not in self.waiting_for().get(source, [])
         known = self._outages.get((source, who))
         self._outages[source, who] = _Outage(sentence, known.since if known else time.monotonic())
@@ -140,10 +140,16 @@ class Progress:
             if self.state == "starting":
                 self.to("running")
 
+    def left(self) -> None:
+        """Note that the group has put us out of it."""
+        self.ready = False
+
     def rebalanced(self, holds: int, **changes: Sequence[TopicPartition]) -> None:
         """Note an assignment, a revocation or a loss."""
         metrics.rebalances.labels(self.handler).inc()
         metrics.partitions_assigned.labels(self.handler).set(holds)
+        for partition in changes.get("assigned", ()):
+            metrics.declare_partition(self.handler, partition)
         what = {name: " ".join(map(str, partitions)) for name, partitions in changes.items()}
         log.info("partitions changed", extra={"handler": self.handler, **what, "holds": holds})
         if "assigned" in changes and not changes["assigned"]:
@@ -154,9 +160,6 @@ class Progress:
     def leased(self, partition: TopicPartition, offset: int) -> None:
         """Note where a partition goes on."""
         self.partitions[partition] = PartitionProgress(offset)
-        labels = (self.handler, partition.topic, str(partition.partition))
-        metrics.messages_consumed.labels(*labels)
-        metrics.rows_written.labels(*labels)
 
     def waits(self, partition: TopicPartition, checkpoint: int, *, oldest: int = 0, end: int = 0) -> None:
         """Note where a partition stands that is not read for now.
@@ -171,11 +174,7 @@ class Progress:
     def released(self, partition: TopicPartition) -> None:
         """Forget a partition, and its gauges: another member's are right from now on."""
         if self.partitions.pop(partition, None):
-            for gauge in (metrics.lag_messages, metrics.lag_seconds, metrics.checkpoint_offset):
-                try:
-                    gauge.remove(self.handler, partition.topic, str(partition.partition))
-                except KeyError:
-                    continue
+            metrics.forget_partition(self.handler, partition)
 
     def consumed(self, partition: TopicPartition, messages: int) -> None:
         """Count messages received."""
@@ -190,6 +189,7 @@ class Progress:
                 continue
             metrics.batch_messages.labels(self.handler).observe(len(batch.messages))
             metrics.batch_bytes.labels(self.handler).observe(batch.size)
+            metrics.connection_wait.labels(self.handler).observe(max(0.0, batch.waited))
 
     def written(self, batch: Batch, seconds: float, existing: int = 0) -> int:
         """Count a committed batch; return how many of its rows are taken for those that existed already."""
@@ -198,9 +198,9 @@ class Progress:
         existing = min(existing, rows)
         rows -= existing
         self.totals.written += rows
-        self._recent.append((time.monotonic(), rows))
         self.last_commit = now
-        partition = batch.partition
+        partition, messages = batch.partition, len(batch.messages)
+        self._writes.add(time.monotonic(), partition, rows=rows, messages=messages, seconds=seconds)
         metrics.rows_written.labels(self.handler, partition.topic, str(partition.partition)).inc(rows)
         self._count_poison(batch)
         for reason, count in {**batch.skipped, "exists": existing}.items():
@@ -263,10 +263,12 @@ class Progress:
 
     def rate(self) -> float:
         """Return rows/s over the last seconds."""
-        now = time.monotonic()
-        while self._recent and self._recent[0][0] < now - RATE_WINDOW:
-            self._recent.popleft()
-        return sum(rows for _, rows in self._recent) / RATE_WINDOW
+        return sum(self._writes.rates(time.monotonic()).values())
+
+    @property
+    def last_error(self) -> str | None:
+        """The last outage or halt."""
+        return self.errors.last
 
     def lag(self, oldest: Mapping[TopicPartition, Message | None]) -> dict[TopicPartition, tuple[int, float]]:
         """Return messages and seconds that each partition is behind; sets the gauges.
@@ -294,14 +296,20 @@ class Progress:
     def status(self, oldest: Mapping[TopicPartition, Message | None]) -> dict[str, Any]:
         """Return the handler's part of /status."""
         lags = self.lag(oldest)
+        rates = self._writes.rates(time.monotonic())
+        messages, seconds = self._writes.means(time.monotonic()) or (None, None)
         return {
             "state": self.state,
+            "state_since": self.state_since,
             "ready": self.ready,
-            "halt": {"reason": self.halted.reason, "message": str(self.halted)} if self.halted else None,
+            "halt": _told(self.halted) if self.halted else None,
             "waiting_for": {source: "; ".join(sentences) for source, sentences in self.waiting_for().items()},
             "last_error": self.last_error,
+            "errors": self.errors.told(),
             "last_commit": self.last_commit,
-            "rows_per_second": round(self.rate(), 1),
+            "rows_per_second": round(sum(rates.values()), 1),
+            "batch_messages": messages and round(messages, 1),
+            "batch_write_seconds": seconds and round(seconds, 6),
             "consumed": self.totals.consumed,
             "written": self.totals.written,
             "dead_lettered": dict(self.totals.dead_lettered),
@@ -314,16 +322,26 @@ class Progress:
                     "partition": partition.partition,
                     "checkpoint": self.partitions[partition].checkpoint,
                     "high_watermark": self.high.get(partition),
-                    "lag_messages": messages,
-                    "lag_seconds": round(seconds, 3),
+                    "lag_messages": behind,
+                    "lag_seconds": round(age, 3),
+                    "rows_per_second": round(rates.get(partition, 0.0), 1),
                 }
-                for partition, (messages, seconds) in sorted(lags.items())
+                for partition, (behind, age) in sorted(lags.items())
             ],
         }
+
+    def _be(self, state: State) -> None:
+        self.state, self.state_since = state, time.time()
+        self._show_state()
 
     def _show_state(self) -> None:
         for state in metrics.STATES:
             metrics.handler_state.labels(self.handler, state).set(state == self.state)
+
+
+def _told(halt: Halt) -> dict[str, Any]:
+    """Return a halt as /status shows it."""
+    return {"reason": halt.reason, "message": str(halt), "commands": halt.commands}
 
 
 def _latest(batch: Batch) -> str:

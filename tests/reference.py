@@ -1,4 +1,4 @@
-"""`python -m tests.reference`: docs/configuration.md, made from the config's own types.
+"""`python -m tests.reference`: docs/configuration.md, made from the config's own types, and docs/metrics.md.
 
 A key's description is the docstring below its field in `consumerd/config.py`, a table's that of its class; defaults and
 the words that a key may be are the fields'.
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from consumerd import config, scalars
+from tests import reference_metrics
 from tests.servers.daemon import REPOSITORY
 
 if TYPE_CHECKING:
@@ -151,8 +152,10 @@ def _paragraph(text: str) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     Path(PAGE).write_text(page(), encoding="utf-8")
+    metrics = reference_metrics.PAGE
+    metrics.write_text(reference_metrics.page(metrics.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

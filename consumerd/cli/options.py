@@ -14,7 +14,7 @@ from consumerd.errors import ConfigError, ConsumerdError
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from consumerd.config import Config, HandlerConfig
+    from consumerd.config import Config, DaemonConfig, HandlerConfig
 
 T = TypeVar("T")
 
@@ -66,6 +66,16 @@ def load(path: Path | None, properties: list[str] | None, log_level: str | None,
         fail(str(error), EXIT_CONFIG)
     log.set_up(config.log)
     return config
+
+
+def running(path: Path | None) -> DaemonConfig:
+    """Read where the running daemon is; exits with the mistakes of [daemon], and of nothing else."""
+    from consumerd import loader  # noqa: PLC0415 - keeps `--help` quick
+
+    try:
+        return loader.load_daemon(path)
+    except ConfigError as error:
+        fail(str(error), EXIT_CONFIG)
 
 
 def chosen(config: Config, name: str) -> HandlerConfig:

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from confluent_kafka import Producer
 
+from consumerd.errors import HaltReason, PoisonReason, Source
 from tests.acceptance.stream import letters
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import REPOSITORY, Daemon
@@ -23,11 +24,12 @@ from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 from tests.servers.sql import execute, locked
 
+METRICS_PAGE = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
 TIMEOUT = 30  # seconds for anything that a test waits for
 MESSAGES = 10_000
 
-HALTS = ("table", "topic", "dead_letter", "poison", "breaker", "gap", "checkpoint", "kafka", "database", "bug")
-POISON = ("malformed", "missing", "type", "range", "encoding", "unknown_field", "rejected")
+HALTS = get_args(HaltReason)
+POISON = get_args(PoisonReason)
 COUNTERS: dict[str, list[dict[str, str]]] = {
     "fenced_writes_total": [{}],
     "flushes_total": [{"reason": r} for r in ("messages", "bytes", "age", "pressure", "revoke", "drain", "tail")],
@@ -35,15 +37,22 @@ COUNTERS: dict[str, list[dict[str, str]]] = {
     "isolations_total": [{}],
     "messages_dead_lettered_total": [{"reason": reason} for reason in POISON],
     "messages_skipped_total": [{"reason": reason} for reason in ("where", "tombstone", "exists", *POISON)],
-    "retries_total": [{"cause": cause} for cause in ("postgres", "kafka", "dead_letter")],
+    "retries_total": [{"cause": cause} for cause in get_args(Source)],
     "batch_messages_count": [{}],
     "batch_bytes_count": [{}],
     "batch_write_duration_seconds_count": [{}],
     "end_to_end_latency_seconds_count": [{}],
+    "connection_wait_seconds_count": [{}],
 }
 """Every counter of a handler with all its label values: there before anything happened, at 0."""
 
-GAUGES = ("partitions_assigned", "buffered_bytes", "buffer_limit_bytes", "last_commit_timestamp_seconds")
+GAUGES = (
+    "partitions_assigned",
+    "partitions_paused",
+    "buffered_bytes",
+    "buffer_limit_bytes",
+    "last_commit_timestamp_seconds",
+)
 PARTITION_SERIES = (
     "messages_consumed_total",
     "rows_written_total",
@@ -91,6 +100,11 @@ def settle(daemon: Daemon, name: str, count: int) -> dict[str, Any]:
     return answer
 
 
+def documented(table: str) -> set[str]:
+    """Return the keys in the first column of a table."""
+    return {key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
 def lines(daemon: Daemon) -> list[dict[str, Any]]:
     """Return the log's lines, each of which must be JSON."""
     return [json.loads(line) for line in daemon.logs().splitlines()]
@@ -120,6 +134,9 @@ def test_every_series_is_there_before_anything_happens(
     assert 2.0 == metrics[series("partitions_assigned", handler="idle")]
     assert 0.0 < metrics[series("buffer_limit_bytes", handler="idle")]
     assert 1.0 == metrics[series("build_info", version=run.status()["version"])]
+    assert 0.0 == metrics[series("partitions_paused", handler="idle")]
+    assert 1.0 == metrics["consumerd_config_last_reload_successful"]
+    assert run.status()["reload"]["at"] == metrics["consumerd_config_last_reload_success_timestamp_seconds"]
 
 
 def test_the_books_balance_and_no_message_has_a_line(
@@ -148,14 +165,14 @@ def test_the_books_balance_and_no_message_has_a_line(
     assert MESSAGES == found["checkpoint_offset"]
     assert (0, 0) == (found["lag_messages"], found["lag_seconds"])
     assert MESSAGES == found["batch_messages_sum"]
-    assert found["batch_messages_count"] == found["flushes_total"]
+    assert found["batch_messages_count"] == found["flushes_total"] == found["connection_wait_seconds_count"]
     assert 0 < found["last_commit_timestamp_seconds"]
 
     wait_until(lambda: run.logs().count('"heartbeat"') >= 3, TIMEOUT, "heartbeats")
     logged = lines(run)
     beat = [line for line in logged if line["message"] == "heartbeat"][-1]
-    facts = ("handler", "state", "written", "dead_lettered", "lag_messages", "lag_seconds")
-    assert ("books", "running", MESSAGES - letters, letters, 0, 0.0) == tuple(beat[fact] for fact in facts)
+    facts = ("handler", "state", "written", "dead_lettered", "skipped", "lag_messages", "lag_seconds")
+    assert ("books", "running", MESSAGES - letters, letters, 0, 0, 0.0) == tuple(beat[fact] for fact in facts)
     assert 0 < beat["rows_per_second"]
     others = [line for line in logged if line["message"] != "heartbeat"]
     assert len(others) < 20, Counter(line["message"] for line in others)
@@ -178,7 +195,7 @@ def test_lag_is_what_is_not_written(kafka: KafkaServer, database: str, topic: Ma
 
 
 def test_pages_say_what_is(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:
-    """The four pages answer with their kind of content, any other path with 404; logs without a terminal are JSON."""
+    """Each page answers with its kind of content, any other path with 404; logs without a terminal are JSON."""
     execute(database, "CREATE TABLE t (id bigint)")
     name = topic()
     run = daemon({"pages": handler(name, "t")})
@@ -186,7 +203,8 @@ def test_pages_say_what_is(kafka: KafkaServer, database: str, topic: MakeTopic, 
     status = settle(run, "pages", 1)
     assert (200, "ok\n") == run.get("/healthz")
     assert (200, "ready\n") == run.get("/readyz")
-    assert (404, "one of: /metrics /healthz /readyz /status\n") == run.get("/nothing")
+    assert (404, "one of: / /metrics /healthz /readyz /status\n") == run.get("/nothing")
+    assert run.get("/")[1].startswith("<!doctype html>")
     assert 200 == run.get("/metrics?name[]=x")[0]
     assert run.process.pid == run.status()["pid"]
     assert ("running", True, None, {}) == tuple(status[key] for key in ("state", "ready", "halt", "waiting_for"))
@@ -198,8 +216,12 @@ def test_pages_say_what_is(kafka: KafkaServer, database: str, topic: MakeTopic, 
             "high_watermark": 1,
             "lag_messages": 0,
             "lag_seconds": 0.0,
+            "rows_per_second": status["rows_per_second"],
         }
     ] == status["partitions"]
+    process, handlers = re.findall(r"\| key[^|]*\|[^|]*\|\n\|---\|---\|\n((?:\|.*\n)+)", METRICS_PAGE)
+    assert set(run.status()) == documented(process)
+    assert set(status) == documented(handlers)
     assert 0 == run.stop()
     logged = lines(run)
     assert [] == [line for line in logged if not {"time", "level", "logger", "message"} <= line.keys()]

@@ -12,7 +12,7 @@ from confluent_kafka import Producer
 from psycopg.rows import dict_row
 
 from tests.conftest import MakeDaemon, MakeTopic
-from tests.servers.daemon import REPOSITORY, Daemon
+from tests.servers.daemon import REPOSITORY, Daemon, consumerd
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port, wait_until
 
@@ -65,6 +65,8 @@ def test_the_readme_takes_a_message_to_its_table(kafka: KafkaServer, database: s
         assert {"id": 1, "visitor": "Ada", "url": "/", "properties": {"ab": "b"}}.items() <= row.items()
         for path in re.findall(r"^curl http://127\.0\.0\.1:9464(/\w+)$", README, re.MULTILINE):
             assert (path, 200) == (path, run.get(path)[0])
+        assert "\nconsumerd status page_views " in README
+        assert "written 1 rows" in consumerd("status", "page_views", cwd=tmp_path).stdout
         assert run.stop() == 0
     finally:
         run.close()

@@ -139,7 +139,7 @@ def test_members_come_and_go_under_load(database: str, events: MakeEvents, proto
 
 
 def test_a_member_that_is_fenced_by_its_own_name_joins_again(database: str, events: MakeEvents) -> None:
-    """P4, P9: another consumer with its `group_instance_id` takes the partitions; the daemon says so and joins anew."""
+    """P4, P9: another with its `group_instance_id` takes the partitions; it says so, is not ready, and joins anew."""
     made = events(database)
     stream = made.stream
     daemon = join(made, CLASSIC, "one")
@@ -151,8 +151,10 @@ def test_a_member_that_is_fenced_by_its_own_name_joins_again(database: str, even
     with closing(twin):
         wait_until(lambda: bool([twin.poll(0.1), *twin.assignment()][1:]), TIMEOUT, "the twin's partitions")
         wait_until(lambda: "another member has group_instance_id 'one'" in daemon.logs(), TIMEOUT, "the sentence")
+        assert daemon.get("/readyz") == (503, "events: waiting\n")
         stream.produce(100)
         lands(made)
+        assert daemon.get("/readyz")[0] == 200
     assert daemon.stop() == 0
     check(made)
 
@@ -223,9 +225,12 @@ def test_a_member_that_waits_long_for_its_table_stays_in_the_group(database: str
         stream.produce(5_000)
         wait_until(lambda: blocked(database), TIMEOUT, "a write that waits")
         time.sleep(2 * SESSION_TIMEOUT_MS / 1000 + 1)
-        assert run.status()["handlers"]["events"]["state"] == "waiting"
+        status = run.status()["handlers"]["events"]
+        assert (status["state"], status["partitions_paused"], run.get("/readyz")[0]) == ("waiting", 2, 200)
+        assert run.metrics()['consumerd_partitions_paused{handler="events"}'] == 2
         assert held(run) == [0, 1]
     lands(made)
+    assert run.status()["handlers"]["events"]["partitions_paused"] == 0
     assert run.metrics()['consumerd_rebalances_total{handler="events"}'] == rebalances
     assert run.stop() == 0
     check(made)

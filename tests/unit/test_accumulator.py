@@ -118,6 +118,34 @@ def test_bound_by_messages() -> None:
     assert (offsets([third]), third.reason) == ([(0, [6])], "age")
 
 
+def test_the_wait_for_a_connection() -> None:
+    """A batch has waited from when it was due, or the one before it was done, until it was taken; else not at all."""
+    it = gathered(Bounds(max_messages=4, max_bytes=1000, max_age=10.0), A, B)
+    add(it, A, fakes(0, 1), now=1.0)
+    (by_age,) = it.take(14.0)
+    assert (by_age.reason, by_age.waited) == ("age", 3.0)
+    add(it, A, fakes(1, 2), now=15.0)
+    add(it, A, fakes(3, 1), now=19.0)
+    add(it, B, fakes(0, 1), now=15.5)
+    add(it, B, fakes(1, 1), now=16.0)
+    (others,) = it.take(18.0)
+    assert (others.partition, others.reason, others.waited) == (B, "messages", 2.0)
+    it.done(by_age)
+    (after_another,) = it.take(20.0)
+    assert (after_another.partition, after_another.waited) == (A, 0.0)  # until now its own predecessor was out
+
+
+def test_nothing_waits_that_is_taken_along() -> None:
+    """What goes along with a batch that is due was not due itself, and nor was what memory is short for."""
+    it = gathered(WIDE, A, B)
+    add(it, A, fakes(0, 1), now=0.0)
+    add(it, B, fakes(0, 1), now=0.5)
+    assert [batch.waited for batch in it.take(1.25)] == [0.25, 0.0]
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 1), now=0.0)
+    assert [batch.waited for batch in it.take(0.5, pressure=True)] == [0.0]
+
+
 def test_bound_by_bytes() -> None:
     """A batch is due at half of max_bytes and is cut before the message that would pass them."""
     it = gathered(Bounds(max_messages=100, max_bytes=10, max_age=9.0), A)

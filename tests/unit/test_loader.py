@@ -12,7 +12,8 @@ from consumerd import loader
 from consumerd.config import Config, HandlerConfig
 from consumerd.credentials import Secret
 from consumerd.errors import ConfigError
-from consumerd.loader import REQUIRED, UNSUPPORTED, dotted, key_lines, load
+from consumerd.loader import REQUIRED, UNSUPPORTED, dotted, load, load_daemon
+from consumerd.toml_lines import key_lines
 
 DAEMON = """\
 [kafka]
@@ -456,3 +457,31 @@ def test_key_paths_are_written_as_toml_does() -> None:
     """Names with dots are quoted and items of lists are numbered."""
     assert dotted(("kafka", "properties", "sasl.password")) == 'kafka.properties."sasl.password"'
     assert dotted(("topics", 0)) == "topics[0]"
+
+
+def test_who_only_asks_needs_no_more_than_daemon(folder: Path) -> None:
+    """For who asks the running daemon [daemon] alone is read: no mistake or variable elsewhere keeps them from it."""
+    (folder / "consumerd.toml").write_text(
+        '[kafka]\nbootstrap_servers = "${NOT_SET_HERE}"\n[nonsense]\n[daemon]\nlisten = "127.0.0.1:${PORT:-99}"\n'
+    )
+    (folder / "handlers" / "orders.toml").write_text("not TOML")
+    assert load_daemon(None, environ={}).listen == "127.0.0.1:99"
+    assert load_daemon(None, environ={"PORT": "98"}).listen_port == 98
+
+
+@pytest.mark.parametrize(
+    ("daemon", "told"),
+    [
+        ('listen = "nowhere"', "consumerd.toml:2: daemon.listen: "),
+        ("lisen = 1", 'consumerd.toml:2: daemon.lisen: unknown key; did you mean "listen"?'),
+        ('listen = "127.0.0.1:${PORT}"', "consumerd.toml:2: daemon.listen: the environment variable PORT is not set"),
+        ("listen = ", "consumerd.toml:2: is not TOML"),
+    ],
+)
+def test_mistakes_of_daemon_are_told(folder: Path, daemon: str, told: str) -> None:
+    """Who asks the running daemon is told the mistakes of [daemon], each with its line, and no other."""
+    (folder / "consumerd.toml").write_text(f"[daemon]\n{daemon}\n")
+    with pytest.raises(ConfigError) as error:
+        load_daemon(None, environ={})
+    (problem,) = error.value.problems
+    assert problem.startswith(told)

@@ -11,7 +11,8 @@ from prometheus_client import generate_latest
 from consumerd import metrics
 from consumerd.accumulator import Batch
 from consumerd.errors import Halt, PoisonReason, Refusal
-from consumerd.progress import LETTERS_INTERVAL, RATE_WINDOW, Progress, total_lag
+from consumerd.progress import LETTERS_INTERVAL, Progress, total_lag
+from consumerd.recent import RATE_WINDOW
 from consumerd.types import TopicPartition
 
 A, B = TopicPartition("orders", 0), TopicPartition("orders", 1)
@@ -226,7 +227,11 @@ def test_halt(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == ["halted: table t does not exist; then restart consumerd"]
     status = it.status({})
     assert (status["state"], status["ready"], status["waiting_for"]) == ("halted", False, {})
-    assert status["halt"] == {"reason": "table", "message": "table t does not exist; then restart consumerd"}
+    assert status["halt"] == {
+        "reason": "table",
+        "message": "table t does not exist; then restart consumerd",
+        "commands": [],
+    }
     assert (sample(it, "halts_total", reason="table"), sample(it, "handler_state", state="halted")) == (1.0, 1.0)
 
 
@@ -292,6 +297,69 @@ def test_what_is_passed_over_is_told(it: Progress, caplog: pytest.LogCaptureFixt
     assert lines(caplog) == ["skipped"]
     (told,) = [vars(record) for record in caplog.records]
     assert (told["latest"], told["reasons"]) == ("orders:0@8", {"type": 2})
+
+
+def test_counters_of_a_partition_are_there_from_its_assignment(it: Progress) -> None:
+    """A partition's counters begin at 0 when it is assigned, before it is claimed; its gauges come with its lag."""
+    it.rebalanced(1, assigned=[A])
+    labels = {"topic": "orders", "partition": "0"}
+    assert sample(it, "messages_consumed_total", **labels) == 0.0
+    assert sample(it, "rows_written_total", **labels) == 0.0
+    assert sample(it, "lag_messages", **labels) is None
+
+
+def test_put_out_of_its_group(it: Progress) -> None:
+    """A member that its group has put out is not ready until it is assigned again; an outage alone changes nothing."""
+    it.joined()
+    it.outage("kafka", "down", "one")
+    ready = [it.ready]
+    it.left()
+    it.outage("kafka", "has let this member go", "one")
+    it.recovered("one")
+    ready.append(it.ready)
+    it.rebalanced(0, assigned=[])
+    ready.append(it.ready)
+    assert (ready, it.state) == ([True, False, True], "running")
+
+
+def test_errors(it: Progress, clock: Clock) -> None:
+    """The last errors are in the status, each sentence once, the last first, with its first and last time."""
+    it.joined()
+    it.outage("postgres", "starting up", "one")
+    clock.now += 1
+    it.outage("kafka", "no broker", "one")
+    clock.now += 1
+    it.outage("postgres", "starting up", "two")
+    status = it.status({})
+    assert (status["last_error"], status["state_since"]) == ("starting up", NOW)
+    assert status["errors"] == [
+        {"message": "starting up", "first": NOW, "last": NOW + 2, "count": 2},
+        {"message": "no broker", "first": NOW + 1, "last": NOW + 1, "count": 1},
+    ]
+
+
+def test_status_of_writes(it: Progress, clock: Clock) -> None:
+    """Rows/s are those of each partition; a batch's messages and time are means of the last seconds, else null."""
+    for partition in (A, B):
+        it.leased(partition, 0)
+    it.written(written(100), 0.1)
+    it.written(written(300, first=100), 0.3)
+    status = it.status({})
+    assert [partition["rows_per_second"] for partition in status["partitions"]] == [400 / RATE_WINDOW, 0.0]
+    assert (status["batch_messages"], status["batch_write_seconds"]) == (200.0, 0.2)
+    clock.now += RATE_WINDOW + 0.1
+    status = it.status({})
+    assert (status["batch_messages"], status["batch_write_seconds"], status["rows_per_second"]) == (None, None, 0.0)
+
+
+def test_waits_for_connections_are_measured(it: Progress) -> None:
+    """What a batch has waited for a connection is in the metrics, once for each batch with messages."""
+    batch = written(3)
+    batch.waited = 1.5
+    empty = written(0)
+    it.taken([batch, empty])
+    assert sample(it, "connection_wait_seconds_sum") == 1.5
+    assert sample(it, "connection_wait_seconds_count") == 1.0
 
 
 def test_written_after_release(it: Progress) -> None:

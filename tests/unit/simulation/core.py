@@ -95,6 +95,8 @@ METRICS = SimpleNamespace(
     **{name: _Metric() for name, value in vars(metrics).items() if hasattr(value, "labels")},
     STATES=(),
     declare=lambda _: None,
+    declare_partition=lambda *_: None,
+    forget_partition=lambda *_: None,
 )
 
 
