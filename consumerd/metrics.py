@@ -18,6 +18,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.metrics import MetricWrapperBase
 
 from consumerd import __version__
 from consumerd.accumulator import FlushReason
@@ -30,7 +31,7 @@ ProcessCollector(registry=registry)
 PlatformCollector(registry=registry)
 
 PARTITION = ("handler", "topic", "partition")
-STATES = ("starting", "waiting", "running", "stopping", "stopped", "halted")
+STATES = ("starting", "waiting", "running", "paused", "stopping", "stopped", "halted")
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
@@ -60,6 +61,12 @@ fenced_writes = _counter("fenced_writes", "Writes rolled back because the checkp
 rebalances = _counter("rebalances", "Assignments and revocations of partitions.", "handler")
 halts = _counter("halts", "Halts of the handler.", "handler", "reason")
 
+config_last_reload_successful = _gauge(
+    "config_last_reload_successful", "Whether the config that was read last is the one in use."
+)
+config_last_reload_success_timestamp = _gauge(
+    "config_last_reload_success_timestamp_seconds", "When the config in use was read."
+)
 lag_messages = _gauge("lag_messages", "Messages between checkpoint and high watermark.", *PARTITION)
 lag_seconds = _gauge("lag_seconds", "Age of the oldest message not yet written; 0 when caught up.", *PARTITION)
 checkpoint_offset = _gauge("checkpoint_offset", "The next offset to be written.", *PARTITION)
@@ -84,6 +91,13 @@ end_to_end_latency = _histogram(
     (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
 )
 Info("consumerd_build", "The version.", registry=registry).info({"version": __version__})
+
+
+def forget(handler: str) -> None:
+    """Drop every series of a handler that is no more: one that stays would go on to say that it is halted, say."""
+    for metric in registry._names_to_collectors.values():  # noqa: SLF001 - there is no other list
+        if isinstance(metric, MetricWrapperBase) and "handler" in metric._labelnames:  # noqa: SLF001
+            metric.remove_by_labels({"handler": handler})
 
 
 def declare(handler: str) -> None:
