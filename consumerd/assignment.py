@@ -321,7 +321,9 @@ class Assignment:
         """Return both offsets without what they say of a topic in whose place another was accepted; whether it was."""
         topic_id, stamp = self._topic_id(partition), committed.stamp
         old = stamp.topic_id if self._checkpoints.mode == "kafka" and stamp else stored.topic_id
-        if not self._accepted.is_new_topic(partition.topic, old, topic_id):
+        # Kafka forgets a topic's offsets with it: at least once, nothing else tells of the old one then.
+        forgotten = self._checkpoints.mode == "kafka" and committed.offset is None
+        if not self._accepted.is_new_topic(partition.topic, old, topic_id, forgotten=forgotten):
             return stored, committed, False
         if stamp is not None and stamp.topic_id == old:
             committed = Committed(None, None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from consumerd import metrics, ways_on
 from consumerd.errors import ConsumerdError
 from consumerd.member import Member
-from consumerd.ways_on import Accepted
+from consumerd.ways_on import Accepted, OtherTopic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -25,8 +25,18 @@ if TYPE_CHECKING:
 
 VISIBLE_AFTER = 15.0
 """Seconds for a fresh member to join or to halt, before the operator is told that it has done neither yet."""
+WRITES_WITHIN = 2.0
+"""Seconds more in which one that had halted shows whether it halts again."""
 LOOK_AGAIN_AFTER = 0.05
 """Seconds between two looks at that."""
+
+
+async def _until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition is true, or for so long."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not condition():  # noqa: ASYNC110 - a member's state has no event
+                await asyncio.sleep(LOOK_AGAIN_AFTER)
 
 
 class Code:
@@ -160,7 +170,15 @@ class Members:
     async def restart(self, name: str) -> str:
         """Replace a member by a fresh one; return what to tell."""
         async with self.changing:
-            return await self._replace(self._named(name))
+            member = self._named(name)
+            halt = member.progress.halted
+            renewed = halt is not None and any(isinstance(way, OtherTopic) for way in halt.ways)
+            if renewed and member.handler.checkpoint == "kafka":
+                raise ConsumerdError(
+                    f"{name} has halted, and Kafka has forgotten the offsets of the old topic: a restart would begin "
+                    f"as `start` says, wherever that is: {halt}"
+                )
+            return await self._replace(member)
 
     def _named(self, name: str) -> Member:
         member = self._members.get(name)
@@ -173,10 +191,9 @@ class Members:
         drained = await self.drain([member])
         fresh = self.add(member.config, member.handler, member.share, accepted)
         late = "" if drained else "; what was not written in time is read again"
-        with suppress(TimeoutError):
-            async with asyncio.timeout(VISIBLE_AFTER):
-                while fresh.progress.state in {"starting", "waiting"}:  # noqa: ASYNC110 - its state has no event
-                    await asyncio.sleep(LOOK_AGAIN_AFTER)
+        await _until(lambda: fresh.progress.state not in {"starting", "waiting"}, VISIBLE_AFTER)
+        if member.progress.halted is not None:  # it may halt again only when it writes
+            await _until(lambda: bool(fresh.progress.halted or fresh.progress.last_commit), WRITES_WITHIN)
         if fresh.progress.halted is not None:
             raise ConsumerdError(f"{name} was started anew and has halted again: {fresh.progress.halted}")
         return f"{name} was started anew and is {fresh.progress.state}{late}"

@@ -127,10 +127,10 @@ class Accepted:
         gap = self.gaps.get(partition)
         return gap if gap is not None and gap.position == position and low <= gap.target <= high else None
 
-    def is_new_topic(self, topic: str, old: str | None, new: str | None) -> bool:
-        """Whether a topic was accepted in place of another."""
+    def is_new_topic(self, topic: str, old: str | None, new: str | None, *, forgotten: bool = False) -> bool:
+        """Whether a topic was accepted in place of another, which may be forgotten altogether."""
         way = self.topics.get(topic)
-        return way is not None and (way.old, way.new) == (old, new)
+        return way is not None and way.new == new and (forgotten or way.old == old)
 
     def skipped(self, partition: TopicPartition, messages: Sequence[Message]) -> set[int]:
         """Return the offsets among some messages of a partition that are to be passed over."""

@@ -60,10 +60,10 @@ def test_a_gap_is_accepted_as_it_was_shown(
     assert "has halted again" in refused(run, "restart", "t")
 
     truncate(admin, name, 30)
-    asked_again = typed(run, shown)
-    assert asked_again.returncode == 1
+    asked_again = typed(shown)
+    assert asked_again.exit_code == 1
     assert "offsets 10..29 are gone" in asked_again.stderr
-    assert typed(run, expect_halt(run, "t", "offsets 10..29 are gone")).returncode == 0
+    assert typed(expect_halt(run, "t", "offsets 10..29 are gone")).exit_code == 0
     expect_rows(database, "t", [*range(10), *range(30, 40)])
     assert run.logs().count(f"accepted: {name}:0 goes on at 30: offsets 10..29 are skipped") == 1
     run.stop()
@@ -93,11 +93,11 @@ def test_the_gaps_of_all_partitions_are_one_halt(
     admin.delete_records([TopicPartition(name, n, 20) for n in range(2)])[TopicPartition(name, 1)].result(TIMEOUT)
     run.start()
     shown = expect_halt(run, "t", f"{name}:0: offsets 10..19", f"{name}:1: offsets 10..19")
-    assert typed(run, shown).returncode == 0
+    assert typed(shown).exit_code == 0
     expect_rows(database, "t", [n for n in range(90) if n // 3 not in range(10, 20) or n % 3 == 2])
 
 
-@pytest.mark.parametrize(("mode", "stopped"), [("postgres", True), ("postgres", False), ("kafka", True)])
+@pytest.mark.parametrize(("mode", "stopped"), [("postgres", True), ("postgres", False), ("kafka", False)])
 def test_a_new_topic_is_read_from_its_start(
     kafka: KafkaServer,
     admin: AdminClient,
@@ -110,16 +110,14 @@ def test_a_new_topic_is_read_from_its_start(
 ) -> None:
     """Accepted, all of it lands, whatever `start` says; a restart alone halts again, and later ones go on in it."""
     name = topic()
-    execute(database, "CREATE TABLE t (id bigint UNIQUE, n bigint)" if mode == "postgres" else "CREATE TABLE t ()")
-    if mode == "kafka":
-        execute(database, "ALTER TABLE t ADD id bigint, ADD n bigint")
+    execute(database, "CREATE TABLE t (id bigint, n bigint)")
+    if mode == "postgres":
+        execute(database, "ALTER TABLE t ADD UNIQUE (id)")
+    run = daemon({"t": handler(name, "t", group_id=name, checkpoint=mode, start="latest")}, CONTROL)
     send(kafka, name)
-    run = daemon({"t": handler(name, "t", group_id=name, checkpoint=mode, start="earliest")}, CONTROL)
     expect_rows(database, "t")
     if stopped:
         run.stop()
-        config = run.config.parent / "handlers" / "t.toml"
-        config.write_text(config.read_text().replace('"earliest"', '"latest"'))
     admin.delete_topics([name])[name].result(TIMEOUT)
     wait_until(lambda: name not in admin.list_topics(timeout=TIMEOUT).topics, TIMEOUT, "the topic's end")
     kafka.make_topic(name)
@@ -127,8 +125,8 @@ def test_a_new_topic_is_read_from_its_start(
     if stopped:
         run.start()
     shown = expect_halt(run, "t", "was deleted and made again", f"--accept-new-topic {name}")
-    assert "was deleted and made again" in refused(run, "restart", "t")
-    assert typed(run, shown).returncode == 0
+    assert f"--accept-new-topic {name}" in refused(run, "restart", "t")
+    assert typed(shown).exit_code == 0
     expect_rows(database, "t", range(25))
     if mode == "postgres":  # the old topic's highest offset says nothing of the new one
         wait_until(lambda: letters(kafka, f"{name}.dlq") == 5, TIMEOUT, "letters of what is there already")
@@ -150,12 +148,11 @@ def test_one_poison_message_is_passed_over(
     shown = expect_halt(run, "t", f"--skip {name}:0@7")
     assert "is no way on" in refused(run, "resume", "t", "--skip", f"{name}:0@8")
     assert "is not paused but halted" in refused(run, "resume", "t")
-    assert "has halted again" in refused(run, "restart", "t")
+    command(run, "restart", "t")
     for offset in (7, 12, 19):
-        wait_until(lambda at=offset: f"--skip {name}:0@{at}" in expect_halt(run, "t"), TIMEOUT, f"a halt at {offset}")
-        shown = expect_halt(run, "t")
+        shown = expect_halt(run, "t", f"--skip {name}:0@{offset}")
         assert [row[0] for row in landed(database, "t")] == [n for n in range(offset) if n not in {7, 12}]
-        typed(run, shown)
+        typed(shown)
     wait_until(lambda: skipped(run) == 3, TIMEOUT, "three that were passed over")
     status = run.status()["handlers"]["t"]
     assert (status["state"], status["written"], status["skipped"]["operator"]) == ("running", 17, 3)
@@ -182,21 +179,16 @@ def test_one_letter_that_is_too_large_is_passed_over(
         size = 120_000 if number in {3, 6} else 10
         producer.produce(name, json.dumps({"id": number, "n": "x" * size if number % 3 == 0 else number}), partition=0)
     assert producer.flush(TIMEOUT) == 0
+    passed: list[int] = []
     for _ in range(2):
         shown = expect_halt(run, "t", f"is too large for {name}.dlq", "--skip")
-        assert re.findall(r"--skip \S+@(\d+)", shown)[0] in {"3", "6"}
-        typed(run, shown)
-        wait_until(lambda old=shown: expect_or_none(run) != old, TIMEOUT, "the next")
+        passed.append(int(re.findall(r"--skip \S+@(\d+)", shown)[0]))
+        typed(shown)
     wait_until(lambda: skipped(run) == 2, TIMEOUT, "two that were passed over")
+    assert sorted(passed) == [3, 6]
     assert [row[0] for row in landed(database, "t")] == [n for n in range(10) if n % 3]
     wait_until(lambda: checkpoint(database, name) == 10, TIMEOUT, "the end")
     assert run.status()["handlers"]["t"]["dead_lettered"] == {"type": 2}
-
-
-def expect_or_none(run: Daemon) -> str | None:
-    """Return the sentence of the halt that there is."""
-    halt = run.status()["handlers"]["t"]["halt"]
-    return str(halt["message"]) if halt else None
 
 
 def test_one_message_that_postgres_cancels_or_refuses_is_passed_over(
@@ -216,9 +208,8 @@ def test_one_message_that_postgres_cancels_or_refuses_is_passed_over(
     config = {**CONTROL, "postgres": {"settings": {"statement_timeout": "40ms"}}}
     run = daemon({"t": handler(name, "t", group_id=name, retry={"initial": "1ms", "max": "2ms"})}, config, wait=False)
     shown = expect_halt(run, "t", "cancels the write of a single message", f"--skip {name}:0@5")
-    typed(run, shown)
-    wait_until(lambda: "XY123" in expect_halt(run, "t"), TIMEOUT, "the other halt")
-    assert f"--skip {name}:0@" in expect_halt(run, "t")
+    typed(shown)
+    expect_halt(run, "t", "XY123", f"--skip {name}:0@")
     done(run, "resume", "t", "--skip", f"{name}:0@8")
     expect_rows(database, "t", [n for n in range(10) if n not in {5, 8}])
     wait_until(lambda: skipped(run) == 2, TIMEOUT, "two that were passed over")
@@ -238,10 +229,10 @@ def test_the_breaker_forgets(
     shown = expect_halt(run, "t", "over the limit of 10.0%", "--breaker")
     stood = letters(kafka, f"{name}.dlq")
     assert stood < 50
-    assert command(run, "restart", "t").returncode in {0, 1}  # it may be running for a moment
+    assert command(run, "restart", "t").exit_code in {0, 1}  # it may be running for a moment
     expect_halt(run, "t", "over the limit")
     assert letters(kafka, f"{name}.dlq") == stood
-    typed(run, shown)
+    typed(shown)
     wait_until(lambda: letters(kafka, f"{name}.dlq") > stood, TIMEOUT, "more letters")
     expect_halt(run, "t", "over the limit")
     assert letters(kafka, f"{name}.dlq") < stood + 50
@@ -262,5 +253,5 @@ def test_a_log_of_older_leaders_is_accepted(
     send(kafka, name, range(10, 20))
     run.start()
     shown = expect_halt(run, "t", "is another one", f"--accept-gap {name}:0")
-    assert typed(run, shown).returncode == 0
+    assert typed(shown).exit_code == 0
     expect_rows(database, "t", range(20))

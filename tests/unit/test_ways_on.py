@@ -72,6 +72,13 @@ def test_a_third_topic_is_not_the_accepted_one(old: str | None, new: str, *, is_
     assert not accepted(topics=["orders"]).is_new_topic("others", old, new)
 
 
+def test_a_topic_of_which_nothing_is_remembered_is_known_by_the_new_one() -> None:
+    """Where no offset tells of the old topic the new one's id is compared."""
+    it = accepted(topics=["orders"])
+    assert it.is_new_topic("orders", None, "new", forgotten=True)
+    assert not it.is_new_topic("orders", None, "third", forgotten=True)
+
+
 def test_a_message_is_passed_over_until_the_checkpoint_has_passed_it() -> None:
     """It is among what is dropped whenever it comes, and is counted once, when the checkpoint moves across it."""
     it = accepted(skips=["orders:1@150", "orders:1@160"])
