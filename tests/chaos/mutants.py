@@ -121,7 +121,8 @@ MUTANTS = (
             NO_COMPARE,
             Change(
                 file="member.py",
-                old='            await self._lay_down(partitions, "revoke", deadline)\n        self.release(partitions)\n',
+                old='            await self._lay_down(partitions, "revoke", deadline)\n'
+                "        self.release(partitions)\n",
                 new="            await asyncio.sleep(0)\n",
             ),
         ),
