@@ -110,9 +110,10 @@ class Daemon:
     async def reload(self) -> Reloaded:
         """Read the config again and do as it says; raises ConfigError, and goes on as before, when it is wrong."""
         try:
-            config = await asyncio.to_thread(self._read)
-            _check(config)
-            reloaded = await reload.apply(self._members, config)
+            async with self._members.changing:  # of two reloads at once the later one has read the later files
+                config = await asyncio.to_thread(self._read)
+                _check(config)
+                reloaded = await reload.apply(self._members, config)
         except ConfigError as error:
             _reloaded(successfully=False)
             log.error("the config is refused, the one before goes on", extra={"problems": error.problems})  # noqa: TRY400

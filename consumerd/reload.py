@@ -50,31 +50,30 @@ class Reloaded:
 
 
 async def apply(members: Members, new: Config) -> Reloaded:
-    """Have the members be as a config says; raises ConfigError where it leaves none."""
-    async with members.changing:
-        wanted = {handler.name: handler for handler in members.wanted(new)}
-        if not wanted:
-            raise ConfigError(f"none of the handlers is left that --handler names: {', '.join(members.names)}")
-        old, members.config = members.config, _with_fixed(new, members.config)
-        running = {member.handler.name: member for member in members}
-        kept = [member for name, member in running.items() if _is_same(member, wanted.get(name), old, new)]
-        names = {member.handler.name for member in kept}
-        await members.drain(member for name, member in running.items() if name not in names)
-        share = new.daemon.max_buffered // len(wanted)
-        crowded = await _resize(kept, members.config, share)
-        await members.drain(crowded)
-        names -= {member.handler.name for member in crowded}
-        for name in running.keys() - wanted.keys():
-            members.remove(name)
-        for name in wanted.keys() - names:
-            members.add(members.config, wanted[name], share)
-        return Reloaded(
-            started=_sorted(wanted.keys() - running.keys()),
-            started_anew=_sorted((running.keys() & wanted.keys()) - names),
-            removed=_sorted(running.keys() - wanted.keys()),
-            unchanged=_sorted(names),
-            left_over=tuple(_left_over(members, old, new)),
-        )
+    """Have the members be as a config says, for who holds `changing`; raises ConfigError where it leaves none."""
+    wanted = {handler.name: handler for handler in members.wanted(new)}
+    if not wanted:
+        raise ConfigError(f"none of the handlers is left that --handler names: {', '.join(members.names)}")
+    old, members.config = members.config, _with_fixed(new, members.config)
+    running = {member.handler.name: member for member in members}
+    kept = [member for name, member in running.items() if _is_same(member, wanted.get(name), old, new)]
+    names = {member.handler.name for member in kept}
+    await members.drain(member for name, member in running.items() if name not in names)
+    share = new.daemon.max_buffered // len(wanted)
+    crowded = await _resize(kept, members.config, share)
+    await members.drain(crowded)
+    names -= {member.handler.name for member in crowded}
+    for name in running.keys() - wanted.keys():
+        members.remove(name)
+    for name in wanted.keys() - names:
+        members.add(members.config, wanted[name], share)
+    return Reloaded(
+        started=_sorted(wanted.keys() - running.keys()),
+        started_anew=_sorted((running.keys() & wanted.keys()) - names),
+        removed=_sorted(running.keys() - wanted.keys()),
+        unchanged=_sorted(names),
+        left_over=tuple(_left_over(members, old, new)),
+    )
 
 
 def _is_same(member: Member, wanted: HandlerConfig | None, old: Config, new: Config) -> bool:

@@ -174,6 +174,14 @@ def test_a_config_that_is_wrong_is_refused(
     wrong.unlink()
     assert done(run, "reload") == "the config was read again; unchanged: t\n"
     assert reloads(run) > (1, at)
+    more = {each: handler(name, "t", start="latest", dead_letter={}, poison={"action": "halt"}) for each in "abcdefgh"}
+    write_config(run.config.parent, run.config.read_text(encoding="utf-8"), more)
+    # An eighth of the memory is in its consumer's queue, and its share is a ninth by now.
+    assert "started anew: t" in done(run, "reload")
+    share = run.metrics()['consumerd_buffer_limit_bytes{handler="t"}']
+    assert run.metrics()['consumerd_buffer_limit_bytes{handler="a"}'] == share
+    send(kafka, name, range(10, 20))
+    wait_until(lambda: len(landed(database, "t")) == 100, TIMEOUT, "rows of all")
     run.config.write_text(
         run.config.read_text(encoding="utf-8").replace("session.timeout.ms", "session.timeout.mz"), encoding="utf-8"
     )
