@@ -209,6 +209,10 @@ class Accumulator:
         self._size = 0
         """Bytes of the messages held, and of what is packed of them."""
 
+    def bound(self, bounds: Bounds) -> None:
+        """Cut batches within other bounds from now on."""
+        self._bounds = bounds
+
     @property
     def memory(self) -> int:
         """Bytes of memory held, batches that are out included: what `max_buffered` bounds."""

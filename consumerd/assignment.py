@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ from msgspec import UNSET, UnsetType
 from consumerd.brokers import Found, gap
 from consumerd.checkpoint import Lease
 from consumerd.commits import Commit
-from consumerd.decide import Committed, Decision, Stamp, Stored, decide, decide_by_kafka, decode_stamp
-from consumerd.errors import Outage
+from consumerd.decide import LOG_START, Committed, Decision, Stamp, Stored, decide, decide_by_kafka, decode_stamp
+from consumerd.errors import Halt, Outage
 from consumerd.types import NO_TALLY, Tally, TopicPartition
+from consumerd.ways_on import Accepted, merged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from consumerd.config import HandlerConfig, KafkaConfig
     from consumerd.kafka import ConsumerThread
     from consumerd.topics import Topic
+    from consumerd.ways_on import Way
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class Assignment:
         checkpoints: Checkpoints | KafkaCheckpoints,
         thread: ConsumerThread,
         on_commit: Callable[[], None],
+        accepted: Accepted | None = None,
     ) -> None:
         self._kafka = kafka
         self._handler = handler
@@ -69,6 +73,8 @@ class Assignment:
         self._checkpoints = checkpoints
         self._thread = thread
         self._on_commit = on_commit
+        self._accepted = accepted or Accepted()
+        """What an operator has accepted of a halt."""
         self._first_seen: dict[str, int] = {}
         self._promised: dict[TopicPartition, asyncio.Future[None]] = {}
         self._to_claim: asyncio.Queue[TopicPartition] = asyncio.Queue()
@@ -81,6 +87,8 @@ class Assignment:
         self.held_up: dict[TopicPartition, Outage] = {}
         """Assigned partitions that brokers could not tell of, or whose table is not there."""
         self.leases: dict[TopicPartition, Lease] = {}
+        self.found: dict[TopicPartition, tuple[Stored, Found]] = {}
+        """What the last claim found of its partitions: all that is known of them when it halts."""
         self._delivered: set[TopicPartition] = set()
         self._beyond: Counter[TopicPartition] = Counter()
 
@@ -88,6 +96,11 @@ class Assignment:
         """Note an assignment; the claim follows."""
         for partition in partitions:
             self.assigned[partition] = next(self._numbers)
+            self._to_claim.put_nowait(partition)
+
+    def claim_all(self) -> None:
+        """Have all that is assigned looked at again."""
+        for partition in self.assigned:
             self._to_claim.put_nowait(partition)
 
     def unassign(self, partitions: Sequence[TopicPartition]) -> None:
@@ -128,11 +141,14 @@ class Assignment:
         if not wanted:
             return {}
         self._claimed |= {partition: self.assigned[partition] for partition in wanted}
+        self.found.clear()
         found = await self._thread.found(wanted)
         async with self._claiming:
             partitions = [partition for partition in wanted if self._is_still(partition)]
             stored = await self._claim(conn, partitions) if partitions else {}
+        self.found = {partition: (it, found[partition]) for partition, it in stored.items()}
         leases = {}
+        halts: dict[Way, Halt] = {}
         for partition, claimed in stored.items():
             self.held_up.pop(partition, None)
             try:
@@ -142,10 +158,19 @@ class Assignment:
                     raise
                 self.hold_up(partition, outage)
                 continue
+            except Halt as halt:
+                if not halt.ways:
+                    raise
+                halts.setdefault(halt.ways[0], halt)
+                extra = {"handler": self._handler.name, "partition": str(partition)}
+                log.warning("%s", halt, extra=extra)  # of very many the halt itself names the first few
+                continue
             if lease is None:  # a zombie claimed it in between, unless it was revoked
                 self.claim_later(partition)
             elif self._is_still(partition):
                 leases[partition] = lease
+        if halts:  # all of them at once: retention overtakes many partitions in one night
+            raise merged(list(halts.values()))
         return leases
 
     def hold_up(self, partition: TopicPartition, outage: Outage, after: float = LOOK_AGAIN_AFTER) -> None:
@@ -214,35 +239,49 @@ class Assignment:
         if found.bounds is None:
             raise Outage("kafka", f"Kafka: {partition} has no leader")
         low, high = found.bounds
-        topic_id = self._topic_id(partition)
         stamp = decode_stamp(found.metadata)
-        decision = self._decide(partition, stored, Committed(found.committed, stamp))
+        tally = _tally(stamp) if self._checkpoints.mode == "kafka" else stored.tally
+        stored, decision = self._decide(partition, stored, Committed(found.committed, stamp))
         if self._checkpoints.mode == "kafka" and found.committed is not None:
             seen = stamp.partitions if stamp else None
             self._first_seen.setdefault(partition.topic, seen or self._counts([partition])[partition.topic])
-        if decision.note:
-            log.warning(decision.note, extra={"handler": self._handler.name, "partition": str(partition)})
         offset = decision.offset
         if offset is None:
             offset = await self._beginning(partition, decision, low, high)
+        if (gap := self._accepted.gap(partition, offset, low, high)) is not None:
+            decision, offset = Decision(kind="adopt", note=f"accepted: {gap.skipped()}"), gap.target
         self._require(partition, offset, low, high)
         if not self._is_still(partition):
             return None
+        forget = partition in self._accepted.forget
+        if forget:
+            decision, tally = replace(decision, kind="adopt"), NO_TALLY
         if decision.kind != "resume" and not await self._checkpoints.place(
-            conn, partition, stored.epoch, offset, topic_id
+            conn, partition, stored.epoch, offset, self._topic_id(partition), forget=forget
         ):
             return None
         if decision.kind == "adopt" or (decision.kind == "start" and self._checkpoints.mode == "kafka"):
-            await self._acknowledge(partition, offset)
+            await self._acknowledge(partition, offset, tally)
         elif found.committed != offset:  # a crash came between COMMIT and the commit to Kafka: lag tools wait for it
-            self.commit([self.commit_of(partition, offset, None)])
+            self.commit([self.commit_of(partition, offset, None, tally)])
+        self._tell(partition, decision)
         return Lease(
             epoch=stored.epoch,
             next_offset=offset,
             max_offset=max(stored.max_offset or 0, offset),
             leader_epoch=stored.leader_epoch if decision.kind == "resume" else None,
-            tally=_tally(stamp) if self._checkpoints.mode == "kafka" else stored.tally,
+            tally=tally,
         )
+
+    def _tell(self, partition: TopicPartition, decision: Decision) -> None:
+        """Say where a partition goes on that is placed now; what was accepted for this is used up."""
+        extra = {"handler": self._handler.name, "partition": str(partition)}
+        if decision.note:
+            log.warning(decision.note, extra=extra)
+        self._accepted.gaps.pop(partition, None)
+        if partition in self._accepted.forget:
+            self._accepted.forget.discard(partition)
+            log.warning("accepted: what the breaker had counted is forgotten", extra=extra)
 
     def _require(self, partition: TopicPartition, offset: int, low: int, high: int) -> None:
         """Raise Halt for an offset outside of the log, Outage while what lies beyond its end may be seen yet."""
@@ -259,13 +298,37 @@ class Assignment:
             )
         self._beyond.pop(partition, None)
 
-    def _decide(self, partition: TopicPartition, stored: Stored, committed: Committed) -> Decision:
+    def _decide(self, partition: TopicPartition, stored: Stored, committed: Committed) -> tuple[Stored, Decision]:
+        """Return who wins, and the checkpoint that this was settled for."""
         group, topic_id = self._handler.group_id, self._topic_id(partition)
+        stored, committed, renewed = self._of_new_topic(partition, stored, committed)
         if self._checkpoints.mode == "kafka":
             bootstrap = self._kafka.bootstrap_servers
-            return decide_by_kafka(partition, committed, group=group, topic_id=topic_id, bootstrap=bootstrap)
-        target = self._checkpoints.target(partition.topic)
-        return decide(partition, stored, committed, store=self._store, group=group, topic_id=topic_id, target=target)
+            decision = decide_by_kafka(partition, committed, group=group, topic_id=topic_id, bootstrap=bootstrap)
+        else:
+            target = self._checkpoints.target(partition.topic)
+            decision = decide(
+                partition, stored, committed, store=self._store, group=group, topic_id=topic_id, target=target
+            )
+        if not renewed:
+            return stored, decision
+        note = decision.note or "accepted: another topic of this name; it is read from its start"
+        return stored, replace(decision, late=True, note=note)
+
+    def _of_new_topic(
+        self, partition: TopicPartition, stored: Stored, committed: Committed
+    ) -> tuple[Stored, Committed, bool]:
+        """Return both offsets without what they say of a topic in whose place another was accepted; whether it was."""
+        topic_id, stamp = self._topic_id(partition), committed.stamp
+        old = stamp.topic_id if self._checkpoints.mode == "kafka" and stamp else stored.topic_id
+        # Kafka forgets a topic's offsets with it: at least once, nothing else tells of the old one then.
+        forgotten = self._checkpoints.mode == "kafka" and committed.offset is None
+        if not self._accepted.is_new_topic(partition.topic, old, topic_id, forgotten=forgotten):
+            return stored, committed, False
+        if stamp is not None and stamp.topic_id == old:
+            committed = Committed(None, None)
+        stored = replace(stored, topic_id=topic_id, next_offset=LOG_START, max_offset=None, leader_epoch=None)
+        return stored, committed, True
 
     async def _beginning(self, partition: TopicPartition, decision: Decision, low: int, high: int) -> int:
         """Return where a partition without a checkpoint begins."""
@@ -289,11 +352,11 @@ class Assignment:
         self._first_seen[partition.topic] = seen or count
         return partition.partition >= seen
 
-    async def _acknowledge(self, partition: TopicPartition, offset: int) -> None:
+    async def _acknowledge(self, partition: TopicPartition, offset: int, tally: Tally) -> None:
         """Stamp an adopted offset in Kafka, and wait for that: a crash must not adopt the same reset twice."""
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):
-                await asyncio.gather(*self._thread.commits.promise([self.commit_of(partition, offset, None)]))
+                await asyncio.gather(*self._thread.commits.promise([self.commit_of(partition, offset, None, tally)]))
         except TimeoutError:
             raise Outage("kafka", f"no acknowledgement for the commit of {partition}") from None
 

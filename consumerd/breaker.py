@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from consumerd.accumulator import Judged
 from consumerd.errors import Halt
 from consumerd.types import NO_TALLY, Tally
+from consumerd.ways_on import Forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,7 +70,8 @@ class Breaker:
                 f"{self._refused} of the last {self._messages} messages were poison, over the limit of "
                 f"{self._config.max_ratio:.1%} ({self._of(batch)}); mend the handler or the producer, then restart, "
                 f"which forgets none of them; or, to let them pass as poison, write a higher `max_ratio` under "
-                f"[poison] in the handler's file, up to 1.0, then restart",
+                f"[poison] in the handler's file, up to 1.0",
+                Forget(partitions=frozenset(self._tallies)),
             )
 
     def tally(self, partition: TopicPartition) -> Tally:

@@ -13,6 +13,7 @@ from confluent_kafka import KafkaException
 
 from consumerd.errors import ConfigError, Halt, Outage
 from consumerd.types import TopicPartition
+from consumerd.ways_on import Gap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -166,13 +167,18 @@ def gap(partition: TopicPartition, position: int | None, *, low: int, high: int,
     if position is not None and position < low:
         what = f"offsets {position}..{low - 1} are gone from the log (retention was faster than this handler)"
         return Halt(
-            "gap", f"{partition}: {what}; nothing was skipped. To go on after the gap: {reset} {low}, then restart"
+            "gap",
+            f"{partition}: {what}; nothing was skipped; Kafka's own tool goes on after it as well: {reset} {low}",
+            Gap(partition=partition, position=position, target=low),
         )
     what = f"the position {'' if position is None else f'{position} '}is not in the log, which holds {low}..{high}"
+    ways = () if position is None else (Gap(partition=partition, position=position, target=high),)
     return Halt(
         "gap",
-        f"{partition}: {what}: it was cut, or is another one; nothing was skipped. To go on with what will be "
-        f"appended: {reset} {high}, then restart; an offset below {high} would write again what was written before",
+        f"{partition}: {what}: it was cut, or is another one; nothing was skipped. What will be appended begins at "
+        f"{high}, an offset below that would write again what was written before; Kafka's own tool sets it as well: "
+        f"{reset} {high}",
+        *ways,
     )
 
 

@@ -47,8 +47,11 @@ class Budget:
     """Messages that keep every connection busy."""
 
 
-def divide(memory: int, handler: HandlerConfig) -> Budget:
-    """Return the parts of a handler's memory."""
+def divide(memory: int, handler: HandlerConfig, queue: int | None = None) -> Budget:
+    """Return the parts of a handler's memory; `queue` where librdkafka's has its size already, whatever that is."""
+    total = memory
+    if queue is not None:
+        memory = int((total - queue) / (1 - LIBRDKAFKA_SHARE))
     buffered = int(memory * BUFFER_SHARE)
     batch, connections = handler.batch, handler.max_connections
     rows = int(memory * ENCODED_SHARE) // connections  # the objects; their bytes may have half of it
@@ -58,7 +61,7 @@ def divide(memory: int, handler: HandlerConfig) -> Budget:
         max_age=batch.max_age * GATHERING_SHARE,
     )
     return Budget(
-        queue=int(memory * LIBRDKAFKA_SHARE),
+        queue=int(memory * LIBRDKAFKA_SHARE) if queue is None else queue,
         buffered=buffered,
         full=buffered - min(2 * CONSUME_BYTES, buffered // 8),  # what comes is there twice, once packed
         batch=bounds,

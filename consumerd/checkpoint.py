@@ -118,7 +118,10 @@ FROM held h WHERE c.group_id = %(group)s AND c.topic = h.topic AND c.partition =
 RETURNING c.topic, c.partition"""
 
 _PLACE = """\
-UPDATE {schema}.checkpoint SET next_offset = %(offset)s, max_offset = coalesce(max_offset, %(offset)s),
+UPDATE {schema}.checkpoint SET next_offset = %(offset)s,
+    max_offset = CASE WHEN topic_id <> %(topic_id)s THEN %(offset)s ELSE coalesce(max_offset, %(offset)s) END,
+    judged_messages = CASE WHEN %(forget)s THEN 0 ELSE judged_messages END,
+    judged_refused = CASE WHEN %(forget)s THEN 0 ELSE judged_refused END,
     topic_id = %(topic_id)s, leader_epoch = NULL, seen_at = now()
 WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s AND epoch = %(epoch)s
 RETURNING 1"""
@@ -284,10 +287,21 @@ class Checkpoints:
             )
 
     async def place(
-        self, conn: AsyncConnection[Any], partition: TopicPartition, epoch: int, offset: int, topic_id: str | None
+        self,
+        conn: AsyncConnection[Any],
+        partition: TopicPartition,
+        epoch: int,
+        offset: int,
+        topic_id: str | None,
+        *,
+        forget: bool = False,
     ) -> bool:
-        """Set a claimed checkpoint to an offset that was found or adopted; False if it was claimed by another since."""
+        """Set a claimed checkpoint to an offset that was found or adopted; False if it was claimed by another since.
+
+        The highest offset of another topic of the same name says nothing of this one. `forget` what was judged.
+        """
         values = {
+            "forget": forget,
             "group": self.group,
             "topic": partition.topic,
             "partition": partition.partition,
@@ -376,6 +390,8 @@ class KafkaCheckpoints:
         epoch: int,  # noqa: ARG002
         offset: int,  # noqa: ARG002
         topic_id: str | None,  # noqa: ARG002
+        *,
+        forget: bool = False,  # noqa: ARG002
     ) -> bool:
         """Store nothing."""
         return True

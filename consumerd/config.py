@@ -108,6 +108,9 @@ class DaemonConfig(_Section):
     listen: Annotated[str, AfterValidator(listen_address)] = "127.0.0.1:9464"
     """Where the page for people, `/metrics`, `/healthz`, `/readyz` and `/status` are; port 0 takes a free one, which
     the log tells."""
+    control: Annotated[Path, BeforeValidator(absolute)] = Path("/run/consumerd/control.sock")
+    """The Unix socket, mode 0660, where `pause`, `resume`, `restart` and `reload` reach the daemon; a relative path
+    starts at this file's folder. Where the default's folder is not there the daemon runs without."""
     drain_timeout: Duration = 30.0
     """How long a stop may write what is gathered; after it the daemon leaves without, and nothing is lost."""
     max_buffered: Size = 512 << 20

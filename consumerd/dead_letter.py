@@ -18,6 +18,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from consumerd.brokers import client_config
 from consumerd.errors import Halt, Outage
+from consumerd.ways_on import Skip
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -149,16 +150,16 @@ class DeadLetters:
     def _meaning(self, error: KafkaError, batch: Batch) -> Exception:
         topic = self._topic
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            offset = self._largest_due(batch)
             return Halt(
                 "dead_letter",
-                f"a letter of {batch.partition} (offsets {batch.first_offset}..{batch.next_offset - 1}) is too large "
-                f"for {topic}; type: kafka-configs --bootstrap-server {self._kafka.bootstrap_servers} --alter --topic "
-                f"{topic} --add-config max.message.bytes=N; then restart",
+                f"the letter of {batch.partition} offset {offset} is too large for {topic}; type: kafka-configs "
+                f"--bootstrap-server {self._kafka.bootstrap_servers} --alter --topic {topic} --add-config "
+                f"max.message.bytes=N",
+                Skip(partition=batch.partition, first=offset, end=offset + 1),
             )
         if error.code() in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED}:
-            return Halt(
-                "dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it, then restart"
-            )
+            return Halt("dead_letter", f"not allowed to write to {topic}: grant this principal WRITE on it")
         if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}:  # noqa: SLF001
             size = f" --config max.message.bytes={self.largest}" if self.largest else ""
             return Outage(
@@ -167,6 +168,17 @@ class DeadLetters:
                 f"{self._kafka.bootstrap_servers} --create --topic {topic} --config retention.ms=-1{size}",
             )
         return Outage("dead_letter", f"dead-letter topic {topic}: {error.str()}")
+
+    def _largest_due(self, batch: Batch) -> int:
+        """Return the offset of the largest letter that is due: letters that are sent together are refused together."""
+
+        def size(position: int) -> int:
+            message = batch.messages[position]
+            held = headers(self._handler, batch, message, batch.refused[position])
+            return len(message) + len(message.key() or b"") + sum(len(name) + len(value or b"") for name, value in held)
+
+        due = (position for position in batch.refused if position not in batch.lettered)
+        return batch.messages[max(due, key=size)].offset()
 
     def _new_producer(self) -> ck.Producer:
         return ck.Producer(

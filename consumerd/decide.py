@@ -13,6 +13,7 @@ import msgspec
 
 from consumerd.errors import Halt
 from consumerd.types import NO_TALLY
+from consumerd.ways_on import OtherTopic
 
 if TYPE_CHECKING:
     from consumerd.types import Tally, TopicPartition
@@ -153,9 +154,9 @@ def decide_by_kafka(
         raise Halt(
             "checkpoint",
             f"group {group} has kept its checkpoint of {partition} in Postgres so far, and Kafka's offset may be "
-            f"behind it; after a clean stop it is not: then type kafka-consumer-groups --bootstrap-server {bootstrap} "
-            f"--group {group} --reset-offsets --to-current --topic {partition.topic} --execute, and restart; or write "
-            f'checkpoint = "postgres"',
+            f'behind it: write checkpoint = "postgres" again; or, after a clean stop, when it is not, type '
+            f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --to-current "
+            f"--topic {partition.topic} --execute",
         )
     _same_topic(partition, stamp.topic_id, topic_id, offset)
     return Decision(kind="resume", offset=offset)
@@ -167,5 +168,6 @@ def _same_topic(partition: TopicPartition, ours: str | None, theirs: str | None,
         raise Halt(
             "topic",
             f"topic {partition.topic} was deleted and made again: its offsets mean other messages than the checkpoint "
-            f"{offset} of {partition}; set `group_id` to a new name to read the new topic",
+            f"{offset} of {partition}; to keep the old checkpoints, set `group_id` to a new name",
+            OtherTopic(topic=partition.topic, old=ours, new=theirs),
         )

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from consumerd.ways_on import Way
 
 HaltReason = Literal[
     "table",
@@ -33,12 +36,12 @@ column's range or length. encoding: text that is not UTF-8. unknown_field: one t
 refused. transform: refused by the handler's transform. rejected: refused by the database itself.
 """
 
-SkipReason = Literal["where", "tombstone", "exists", PoisonReason]
+SkipReason = Literal["where", "tombstone", "exists", "operator", PoisonReason]
 """Why a message becomes neither row nor letter: the fixed values of the label `reason` of skip metrics.
 
 where: the handler's `where` does not select it. tombstone: it has no value. exists: a row like it is in the table
-already (skip-existing). transform: its transform returns nothing for it. Any other is poison's, where `[poison] action`
-is `skip`.
+already (skip-existing). transform: its transform returns nothing for it. operator: passed over by `consumerd resume
+--skip`. Any other is poison's, where `[poison] action` is `skip`.
 """
 
 
@@ -118,11 +121,15 @@ class TableChanged(ConsumerdError):
 
 
 class Halt(ConsumerdError):
-    """Stop the handler with nothing skipped. The message says what happened and how to go on."""
+    """Stop the handler with nothing skipped. The message says what happened and how to go on.
 
-    def __init__(self, reason: HaltReason, message: str) -> None:
+    `ways` are those that `consumerd resume` goes, which is added to the message where the handler's name is known.
+    """
+
+    def __init__(self, reason: HaltReason, message: str, *ways: Way) -> None:
         super().__init__(message)
         self.reason = reason
+        self.ways = ways
 
     @property
     def commands(self) -> list[str]:

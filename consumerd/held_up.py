@@ -49,7 +49,12 @@ class HeldUp:
         """Partitions whose write failed for its table: at which offset, and how long they waited for the next."""
 
     async def look(self, conn: AsyncConnection[object], partitions: Sequence[TopicPartition]) -> list[TopicPartition]:
-        """Return the partitions whose table is there; the others wait on."""
+        """Return the partitions whose table is there, none while the handler is paused; the others wait on."""
+        if self._member.pause.on:
+            await self._show_lag(conn, partitions)
+            for partition in partitions:
+                self._member.assignment.claim_later(partition, LAG_INTERVAL)
+            return []
         tables, ready, waiting = self._member.tables, [], []
         waits: dict[str, Outage] = {}
         for partition in partitions:
@@ -112,6 +117,13 @@ class HeldUp:
                 self._member.progress.outage(source, "; ".join(sentences), HELD_UP)
             else:
                 self._member.recovered(HELD_UP, source)
+
+    def keep(self) -> None:
+        """Keep the partitions of a claim that halts to be seen: where they stand, and how far they are behind."""
+        for partition, (stored, found) in self._member.assignment.found.items():
+            at = stored.next_offset if self._member.checkpoints.mode == "postgres" else found.committed
+            if at is not None and at >= 0 and partition not in self._member.progress.partitions:
+                self._member.progress.waits(partition, at, end=found.bounds[1] if found.bounds else 0)
 
     async def _show_lag(self, conn: AsyncConnection[object], waiting: Sequence[TopicPartition]) -> None:
         """Show where partitions stand that wait, now and then."""

@@ -562,7 +562,7 @@ class ConsumerThread(threading.Thread):
             consumer.pause(brokers.positions([partition]))
             sentence = (
                 f"{partition}: what the broker sends at offset {message.offset()} is damaged ({message.error()}); "
-                f"nothing was skipped; restart if it was the network, else mend that replica of the partition"
+                f"nothing was skipped; a restart helps if it was the network; else mend that replica of the partition"
             )
             self._tell(self._listener.reached_gap, partition, Halt("kafka", sentence))
 

@@ -193,7 +193,7 @@ def _refuse_lost_columns(used: Mapping, table: Table) -> None:
         raise Halt(
             "table",
             f"column {', '.join(gone)} of table {used.table.name} is gone: rename it back, or map the new name "
-            f"under [columns], then restart; a restart alone goes on with the columns that are there",
+            f"under [columns]; a restart alone goes on with the columns that are there",
         )
 
 

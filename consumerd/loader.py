@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ Model = TypeVar("Model", Config, HandlerConfig)
 
 ANY: Final = "*"
 UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
-    Config: [(("daemon", "control"), ANY), (("log", "format"), "journal")],
+    Config: [(("log", "format"), "journal")],
     HandlerConfig: [
         (("poison", "error_text"), ANY),
     ],
@@ -161,6 +162,27 @@ def _find(path: Path | None, environ: Mapping[str, str]) -> Path:
     raise ConfigError(
         f"no config found: neither ./{LOCAL_FILE} nor {SYSTEM_FILE}; name one with -c or $CONSUMERD_CONFIG"
     )
+
+
+def control_of(path: Path | None, *, environ: Mapping[str, str] = os.environ) -> tuple[Path, Path]:
+    """Return the daemon's file and its control socket, whatever mistakes are elsewhere; raises ConfigError.
+
+    A handler's file with a mistake in it keeps nobody from pausing another.
+    """
+    main = _read(_find(path, {**environ}), {"HOSTNAME": socket.gethostname(), **environ})
+    section = main.data.get("daemon", {})
+    control = section.get("control", "") if isinstance(section, dict) else ""
+    mistaken = [problem for problem in main.problems if not problem.path or problem.path == ("daemon", "control")]
+    if mistaken or not isinstance(control, str):
+        main.problems = mistaken or [Problem(path=("daemon", "control"), sentence="must be a string, in quotes")]
+        raise ConfigError(*main.told())
+    default: Path = DaemonConfig.model_fields["control"].default
+    return main.path, main.path.parent / control if control else default
+
+
+def leads_to(path: Path) -> str:
+    """Return what a command needs to be told to find a config file, wherever it is typed."""
+    return "" if path == SYSTEM_FILE else f" -c {shlex.quote(str(path))}"
 
 
 def _is_there(path: Path) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -28,16 +27,20 @@ from consumerd.budget import divide
 from consumerd.checkpoint import Checkpoints, KafkaCheckpoints, Lease, ensure_schema
 from consumerd.dead_letter import DeadLetters
 from consumerd.errors import ConsumerdError, Halt, Outage, Rejected
+from consumerd.halting import Halting, first_halt
 from consumerd.held_up import HeldUp
 from consumerd.kafka import ConsumerThread
 from consumerd.live_table import LiveTables
+from consumerd.loader import leads_to
 from consumerd.packed import Packed
+from consumerd.pause import Pause
 from consumerd.progress import Progress
 from consumerd.reconcile import RECONCILE, Reconciler
 from consumerd.topics import Topics
 from consumerd.transformer import Transformer
 from consumerd.types import TopicPartition
 from consumerd.watch import Watch
+from consumerd.ways_on import Accepted
 from consumerd.writer import Writer
 
 if TYPE_CHECKING:
@@ -74,6 +77,8 @@ MOST_GROW_AFTER = 60.0
 """Seconds of this at most."""
 CANCELLED_ALONE = 30
 """Times that Postgres may cancel the write of one message alone, before that is a halt."""
+LEAST_SHARES = 2
+"""Times the memory of librdkafka's queue, which is made once, that a member must have when its share gets smaller."""
 TIMER_SLACK = 0.001
 """Seconds by which the timer for a batch's age is late rather than early."""
 
@@ -81,10 +86,13 @@ TIMER_SLACK = 0.001
 class Member:
     """One handler, and all that belongs to it."""
 
-    def __init__(self, config: Config, handler: HandlerConfig, memory: int) -> None:
+    def __init__(self, config: Config, handler: HandlerConfig, memory: int, accepted: Accepted | None = None) -> None:
         self.config = config
         self.handler = handler
-        self.progress = Progress(handler.name)
+        self.progress = Progress(handler.name, leads_to(config.path))
+        self.accepted = accepted or Accepted()
+        """What an operator has accepted of a halt of the member before this one."""
+        self.pause = Pause(self)
         self.breaker = Breaker(handler.poison)
         self.letters = DeadLetters(config.kafka, handler)
         self.transformer: Transformer | None = None
@@ -95,6 +103,7 @@ class Member:
         self._tails: dict[TopicPartition, float] = {}
         self._claiming: AsyncConnection[Any] | None = None
         self.watch = Watch(self._connect, handler.name, self.reconciler.soon)
+        self.share = memory
         self.budget = divide(memory, handler)
         self._batches = Accumulator(self.budget.batch, by_topic=self.tables.by_topic)
         self.limit = self.budget.batch.max_messages
@@ -108,9 +117,7 @@ class Member:
         self._positions: dict[TopicPartition, int] = {}
         self._thread: ConsumerThread | None = None
         self._writers: list[Writer] = []
-        self._endings: set[asyncio.Task[None]] = set()
-        """Write what lies before a gap, then halt."""
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._halting = Halting(self)
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +143,7 @@ class Member:
                 for number, writer in enumerate(self._writers):
                     tasks.create_task(writer.run(), name=f"{name}: writer {number}")
         except Exception as error:  # noqa: BLE001 - the root of the handler's tasks
-            await self._halt(_first_halt(error))
+            await self._halt(first_halt(error))
         finally:
             if self.transformer is not None:
                 await self.transformer.close()
@@ -148,7 +155,7 @@ class Member:
         self.progress.to("stopping")
         with suppress(Outage):  # a halt has closed the thread
             await self._thread.stop_delivery()
-        drained = await self._flush(list(self.assignment.leases), "drain", deadline)
+        drained = await self.flush(list(self.assignment.leases), "drain", deadline)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(max(deadline, time.monotonic() + 1)):
                 await self._thread.close()
@@ -192,6 +199,7 @@ class Member:
             checkpoints=self.checkpoints,
             thread=self._thread,
             on_commit=self._settled.set,
+            accepted=self.accepted,
         )
         self._thread.start()
         self.recovered(MEMBER)
@@ -220,7 +228,7 @@ class Member:
         if halt is not None:
             self.progress.outage("kafka", f"{halt}; before that what was gathered of it is written", TOPICS)
             gone = [partition for partition in self.assignment.leases if partition.topic in halt.topics]
-            await self._flush(gone, "drain", None)
+            await self.flush(gone, "drain", None)
             raise halt
 
     async def _follow_patterns(self) -> None:
@@ -278,7 +286,7 @@ class Member:
 
     async def _fail(self) -> None:
         """Raise what the Kafka thread reported."""
-        await self._failure
+        await self._halting.failure
 
     async def _halt(self, halt: Halt) -> None:
         """Leave the group, free the buffers, and say why; the daemon and its other handlers go on."""
@@ -323,6 +331,8 @@ class Member:
         """
         commits = []
         for batch, lease in work:
+            for offset in self.accepted.passed(batch.partition, lease.next_offset, batch.next_offset):
+                self.progress.passed_over(batch.partition, offset)
             lease.next_offset = batch.next_offset
             lease.max_offset = max(lease.max_offset, batch.next_offset)
             self._batches.done(batch)
@@ -391,6 +401,10 @@ class Member:
     async def found(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Found]:
         """Ask the brokers about partitions; raises Outage."""
         return await self._thread.found(partitions) if self._thread is not None else {}
+
+    def reads(self, topics: Iterable[str]) -> bool:
+        """Whether any of some topics is among those that were found."""
+        return not self._found.keys().isdisjoint(topics)
 
     @property
     def partitions(self) -> list[TopicPartition]:
@@ -468,8 +482,13 @@ class Member:
             if messages[0].offset() < position:
                 messages = [message for message in messages if message.offset() >= position]
                 size, packed = size_of(messages), Packed(messages=len(messages))
+            if messages and chunk.partition in self.accepted.skips:
+                skipped = self.accepted.skipped(chunk.partition, messages)
+                self.progress.consumed(chunk.partition, len(skipped))
+                messages = [message for message in messages if message.offset() not in skipped]
+                size, packed = size_of(messages), Packed(messages=len(messages))
             if messages:
-                if self._is_another_log(chunk.partition, messages[0]) or self._is_another_log(
+                if self._halting.is_another_log(chunk.partition, messages[0]) or self._halting.is_another_log(
                     chunk.partition, messages[-1]
                 ):
                     continue
@@ -498,11 +517,7 @@ class Member:
             if self._claiming is not None:
                 postgres.cut(self._claiming)
         if self.progress.state != "halted":
-            now = time.monotonic()
-            if self.checkpoints.mode == "postgres":  # else no batch is written before a commit that now cannot come
-                await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)
-            self._batches.close(partitions)
-            await self._settle(partitions, deadline)
+            await self._lay_down(partitions, "revoke", deadline)
         self.release(partitions)
         self.breaker.forget(partitions)
         self.held_up.tell()
@@ -540,21 +555,6 @@ class Member:
                 self._batches.tail(partition, lease.next_offset, position)
                 self._wake.set()
 
-    def _is_another_log(self, partition: TopicPartition, message: Message) -> bool:
-        """Halt when a message comes from an older leader than one that was written: that log is another one."""
-        lease, epoch = self.assignment.leases.get(partition), message.leader_epoch()
-        if lease is not None and lease.leader_epoch is not None and epoch is not None and epoch < lease.leader_epoch:
-            sentence = (
-                f"the log of {partition} is another one: offset {message.offset()} has leader epoch {epoch}, and "
-                f"what was written before it had {lease.leader_epoch}: the topic was made again or its cluster "
-                f"restored; set `group_id` to a new name to read it from its start, or type kafka-consumer-groups "
-                f"--bootstrap-server {self.config.kafka.bootstrap_servers} --group {self.handler.group_id} "
-                f"--reset-offsets --topic {partition} --to-offset {message.offset()} --execute"
-            )
-            self.failed(Halt("topic", sentence))
-            return True
-        return False
-
     def reachable(self, sentence: str | None) -> None:
         """Note that no broker answers, or that one does again."""
         if sentence is None:
@@ -563,31 +563,12 @@ class Member:
             self.progress.outage("kafka", sentence, CONSUMER)
 
     def reached_gap(self, partition: TopicPartition, halt: Halt) -> None:
-        """Halt once everything before a gap is written: that may be gone from the log as well."""
-
-        async def halt_behind_it() -> None:
-            await self._flush([partition], "drain", None)
-            try:
-                with suppress(Outage):
-                    await self.confirm_topics(time.monotonic())
-            except Halt as another:
-                self.failed(another)
-            if partition in self.assignment.leases:
-                self.failed(halt)
-
-        task = asyncio.create_task(halt_behind_it(), name=f"{self.handler.name}: gap")
-        self._endings.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._endings.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.failed(error)
+        """Halt once everything before a gap is written."""
+        self._halting.behind(partition, halt)
 
     def failed(self, error: BaseException) -> None:
         """Halt, by the task that waits for it."""
-        if not self._failure.done():
-            self._failure.set_exception(error)
+        self._halting.failed(error)
 
     # Partitions.
 
@@ -596,10 +577,13 @@ class Member:
         conn = self._claiming = await self.connect(claims=True)
         try:
             leases = await self.assignment.claim(await self.held_up.look(conn, partitions), conn)
+        except Halt:
+            self.held_up.keep()
+            raise
         finally:
             self._claiming = None
             await conn.close()
-        if leases:
+        if leases and not self.pause.on:
             self.release(leases)
             now = time.monotonic()
             for partition, lease in leases.items():
@@ -615,11 +599,42 @@ class Member:
         for partition in partitions:
             self.assignment.release(partition)
             self._positions.pop(partition, None)
-            if self.progress.halted is None:  # a halted handler's lag stays to be seen
+            # The lag of a handler that halted or was paused stays to be seen.
+            if self.progress.halted is None and not (self.pause.on and partition in self.assignment.assigned):
                 self.progress.released(partition)
         self._settled.set()
 
-    async def _flush(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float | None) -> bool:
+    async def lay_down(self, deadline: float) -> bool:
+        """Hold nothing of any partition any more, but stay in the group; False if what was gathered is read again."""
+        if self._thread is None:
+            return True
+        with suppress(Outage):
+            await self._thread.hold(list(self.assignment.assigned))
+        leased = list(self.assignment.leases)
+        written = await self._lay_down(leased, "drain", deadline)
+        self.release(leased)
+        self.take_up()
+        return written
+
+    def take_up(self) -> None:
+        """Claim all that is assigned, or look at it, as a pause allows."""
+        if self._thread is not None:
+            self.assignment.claim_all()
+
+    async def _lay_down(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float) -> bool:
+        """Write what is gathered of partitions as far as time allows, and roll back what is in flight then."""
+        now = time.monotonic()
+        half = now + (deadline - now) * FLUSH_SHARE
+        written = False
+        # At least once, no batch is written before a commit; and that does not come any more in a revoke.
+        if self.checkpoints.mode == "postgres" or reason != "revoke":
+            written = await self.flush(partitions, reason, half)
+            written &= await self._wait(lambda: all(map(self.assignment.committed, partitions)), half)
+        self._batches.close(partitions)
+        await self._settle(partitions, deadline)
+        return written
+
+    async def flush(self, partitions: Sequence[TopicPartition], reason: FlushReason, deadline: float | None) -> bool:
         """Write what is gathered of partitions; False if some is left at the deadline."""
         self._batches.hurry(partitions, reason)
         self._wake.set()
@@ -656,6 +671,18 @@ class Member:
         """Return how many of the partitions held are not read just now."""
         return self._thread.paused if self._thread is not None else 0
 
+    async def resize(self, memory: int, deadline: float) -> bool:
+        """Keep within another share of the memory from now on; False where that cannot be without a fresh member."""
+        if memory < LEAST_SHARES * self.budget.queue:
+            return False
+        self.share = memory
+        self.budget = divide(memory, self.handler, self.budget.queue)
+        self._batches.bound(self.budget.batch)
+        self.limit = min(self.limit, self.budget.batch.max_messages)
+        if self.transformer is not None:
+            self.transformer.most_bytes = self.budget.batch.max_bytes
+        return await self._wait(lambda: self.memory() <= self.budget.buffered, deadline)
+
     def memory(self) -> int:
         """Return the memory of messages held here."""
         return self._batches.memory
@@ -677,16 +704,3 @@ class Member:
         """Return the oldest message of each leased partition that was received and is not written yet."""
         leases = self.assignment.leases if self._thread is not None else ()
         return {partition: self._batches.oldest(partition) for partition in leases}
-
-
-def _first_halt(error: Exception) -> Halt:
-    """Return the halt among errors that ended a handler's tasks; anything else is a defect of ours."""
-    if isinstance(error, ExceptionGroup):
-        halts = [_first_halt(inner) for inner in error.exceptions]
-        return next((halt for halt in halts if halt.reason != "bug"), halts[0])
-    if isinstance(error, Halt):
-        return error
-    # Frames and classes alone: texts of exceptions hold values of rows.
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("a task of the handler failed", extra={"error": type(error).__qualname__, "frames": frames})
-    return Halt("bug", f"a task failed with {type(error).__qualname__}: please report the frames in the log")

@@ -20,14 +20,13 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.metrics import MetricWrapperBase
 
 from consumerd import __version__
 from consumerd.accumulator import FlushReason
 from consumerd.errors import HaltReason, PoisonReason, SkipReason, Source
 
 if TYPE_CHECKING:
-    from prometheus_client.metrics import MetricWrapperBase
-
     from consumerd.types import TopicPartition
 
 # A series of its own for each counter's birth would bury the counters.
@@ -38,7 +37,7 @@ PlatformCollector(registry=registry)
 
 HANDLER = ("handler",)
 PARTITION = ("handler", "topic", "partition")
-STATES = ("starting", "waiting", "running", "stopping", "stopped", "halted")
+STATES = ("starting", "waiting", "running", "paused", "stopping", "stopped", "halted")
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
@@ -165,6 +164,13 @@ OF_HANDLERS: tuple[MetricWrapperBase, ...] = (
     *(buffered_bytes, buffer_limit_bytes, last_commit_timestamp),
 )
 """Those whose only label is `handler`."""
+
+
+def forget(handler: str) -> None:
+    """Drop every series of a handler that is no more: one that stays would go on to say that it is halted, say."""
+    for metric in registry._names_to_collectors.values():  # noqa: SLF001 - there is no other list
+        if isinstance(metric, MetricWrapperBase) and "handler" in metric._labelnames:  # noqa: SLF001
+            metric.remove_by_labels({"handler": handler})
 
 
 def declare(handler: str) -> None:

@@ -11,20 +11,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from consumerd import metrics
-from consumerd.errors import Halt
+from consumerd import metrics, ways_on
 from consumerd.recent import Errors, Writes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from consumerd.accumulator import Batch
-    from consumerd.errors import Source
+    from consumerd.errors import Halt, Source
     from consumerd.types import Message, TopicPartition
 
 log = logging.getLogger(__name__)
 
-State = Literal["starting", "waiting", "running", "stopping", "stopped", "halted"]
+State = Literal["starting", "waiting", "running", "paused", "stopping", "stopped", "halted"]
 
 LETTERS_INTERVAL = 10.0
 """Seconds between two lines about dead letters: a steady trickle is not a line for each batch."""
@@ -63,8 +62,10 @@ class Totals:
 class Progress:
     """State and counts of one handler."""
 
-    def __init__(self, handler: str) -> None:
+    def __init__(self, handler: str, options: str = "") -> None:
         self.handler = handler
+        self._options = options
+        """What commands that are named lead to the daemon's file with."""
         self.state: State = "starting"
         self.state_since = time.time()
         self.ready = False
@@ -93,9 +94,8 @@ class Progress:
             log.info(state, extra={"handler": self.handler})
 
     def halt(self, halt: Halt) -> None:
-        """Note a halt: the one state that only a restart ends."""
-        if "restart" not in str(halt):
-            halt = Halt(halt.reason, f"{str(halt).rstrip(';')}; then restart consumerd")
+        """Note a halt: the one state that only a fresh member ends."""
+        halt = ways_on.told(halt, self.handler, self._options)
         self.halted, self.ready = halt, False
         self.errors.add(str(halt), time.time())
         self._outages.clear()
@@ -132,6 +132,14 @@ class Progress:
             if outage.sentence not in sentences.setdefault(source, []):
                 sentences[source].append(outage.sentence)
         return sentences
+
+    def pause(self) -> None:
+        """Note that an operator has paused the handler."""
+        self.to("paused")
+
+    def resume(self) -> None:
+        """Note that an operator has resumed it."""
+        self.to("waiting" if self._outages else "running" if self.ready else "starting")
 
     def joined(self) -> None:
         """Note that the group has let us in."""
@@ -175,6 +183,11 @@ class Progress:
         """Forget a partition, and its gauges: another member's are right from now on."""
         if self.partitions.pop(partition, None):
             metrics.forget_partition(self.handler, partition)
+
+    def forget(self) -> None:
+        """Forget all partitions: another member of this handler has them from now on."""
+        for partition in list(self.partitions):
+            self.released(partition)
 
     def consumed(self, partition: TopicPartition, messages: int) -> None:
         """Count messages received."""
@@ -229,6 +242,12 @@ class Progress:
             else:
                 self._count_skipped(refusal.reason, 1)
                 self._untold["skipped"][refusal.reason] += 1
+
+    def passed_over(self, partition: TopicPartition, offset: int) -> None:
+        """Count a message that an operator has passed over, now that the checkpoint has moved past it."""
+        self._count_skipped("operator", 1)
+        extra = {"handler": self.handler, "partition": str(partition), "offset": offset}
+        log.warning("passed over a message, as an operator told", extra=extra)
 
     def _count_skipped(self, reason: str, count: int) -> None:
         if count:

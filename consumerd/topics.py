@@ -20,11 +20,13 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type:
 from consumerd.brokers import client_config
 from consumerd.errors import ConfigError, Halt, Outage
 from consumerd.types import TopicPartition
+from consumerd.ways_on import OtherTopic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from consumerd.config import DeadLetterConfig, KafkaConfig
+    from consumerd.ways_on import Way
 
 T = TypeVar("T")
 
@@ -82,8 +84,8 @@ class Topic:
 class TopicGone(Halt):
     """Topics are not there any more, or are others of the same name."""
 
-    def __init__(self, topics: list[str], message: str) -> None:
-        super().__init__("topic", message)
+    def __init__(self, topics: list[str], message: str, *ways: Way) -> None:
+        super().__init__("topic", message, *ways)
         self.topics = topics
 
 
@@ -206,8 +208,9 @@ class Topics:
                     raise TopicGone(
                         [name],
                         f"topic {name} was deleted and made again: its offsets mean other messages than the "
-                        f"checkpoint; nothing of the new topic was written; set `group_id` to a new name to read it "
-                        f"from its start",
+                        f"checkpoint; nothing of the new topic was written; to keep the old checkpoints, set "
+                        f"`group_id` to a new name",
+                        OtherTopic(topic=name, old=topic.topic_id, new=ids[name]),
                     )
             self._missing = {name: self._missing.get(name, began) for name in topics if name not in ids}
             self._confirmed = began
@@ -352,7 +355,10 @@ def missing(gone: list[str], topics: Mapping[str, Topic]) -> TopicGone:
     if all(topics[name].matched for name in gone):
         way = "restart to go on without it"
     else:
-        way = "make it again and set `group_id` to a new name, or take it out of `topics`; then restart"
+        way = (
+            "make it again and set `group_id` to a new name, or restart, which then names the command that reads it "
+            "from its start; or take it out of `topics`"
+        )
     return TopicGone(gone, f"topic {', '.join(gone)} is gone from the brokers: {way}")
 
 

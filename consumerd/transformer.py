@@ -22,6 +22,8 @@ from consumerd.errors import Halt, Outage, Poison, Refusal
 from consumerd.formats import selection, values
 from consumerd.runners import InProcess, InThread, Lost
 from consumerd.transform import ALL, NONE, Answer, Item, Request
+from consumerd.types import TopicPartition
+from consumerd.ways_on import Skip
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from consumerd.config import HandlerConfig
     from consumerd.runners import Runner
     from consumerd.transform import Outcome
-    from consumerd.types import Message, TopicPartition
+    from consumerd.types import Message
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,9 @@ class Transformer:
     def __init__(self, handler: HandlerConfig, most_bytes: int) -> None:
         config = handler.transform
         assert config is not None  # noqa: S101 - the caller's promise
-        self._handler, self._config, self._most_bytes = handler, config, most_bytes
+        self._handler, self._config = handler, config
+        self.most_bytes = most_bytes
+        """Bytes of what comes back for one batch, about."""
         place = InProcess if config.workers else InThread
         self._runners: list[Runner] = [
             place(config.function, handler.path.parent, config.timeout) for _ in range(max(1, config.workers))
@@ -78,7 +82,7 @@ class Transformer:
         the first part transformed, when the function wants to try again later; Halt for a mistake of the function.
         """
         size = sum(map(size_of, batch.outcomes))
-        while len(batch.outcomes) < len(batch.messages) and size <= self._most_bytes:
+        while len(batch.outcomes) < len(batch.messages) and size <= self.most_bytes:
             parts = self._parts(batch.messages[len(batch.outcomes) :])
             settled = [self._settled(part) for part in parts]
             requests = [_request(batch.partition, part, known) for part, known in zip(parts, settled, strict=True)]
@@ -146,10 +150,12 @@ class Transformer:
         at = max(lost.at, 0)
         where = f"{request.topic}:{request.partition} offset {request.items[at].offset}"
         if not self._config.workers:
+            partition, offset = TopicPartition(request.topic, request.partition), request.items[at].offset
             raise Halt(
                 "transform",
                 f"{self._config.function} {lost} for {where}, and its thread cannot be ended: mend it, or raise "
                 f"`timeout` under [transform] in {self._handler.path}; with `workers` = 1 or more such a call is ended",
+                *([Skip(partition=partition, first=offset, end=offset + 1)] if lost.at >= 0 else []),
             )
         extra = {"handler": self._handler.name, "function": self._config.function, "how": str(lost), "at": where}
         log.warning("a call of the transform did not come back", extra=extra)

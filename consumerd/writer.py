@@ -18,6 +18,7 @@ from consumerd.checkpoint import Lease, Move
 from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
 from consumerd.isolate import ORPHANS, isolate
 from consumerd.sinks.copy import CopyData
+from consumerd.ways_on import Skip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +90,8 @@ class Writer:
                 self._member.recovered(self._name)
                 return
             where = ", ".join(f"{b.partition} offsets {b.first_offset}..{b.next_offset - 1}" for b, _ in work)
-            raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)") from halt
+            ways = halt.ways or _messages_of(work, halt)
+            raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)", *ways) from halt
         self._member.recovered(self._name)
 
     async def _until_settled(self, work: Work) -> None:
@@ -384,10 +386,21 @@ def _poisoned(batch: Batch, member: Member) -> Halt:
         "poison",
         f"topic {partition.topic} partition {partition.partition} offset {offset} cannot become a row: "
         f"{refusal.message}{column} ({refusal.reason}), and [poison] action is halt; mend the table or the mapping; or "
-        f"write another action under [poison]; or pass over this one message: kafka-consumer-groups "
-        f"--bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} --to-offset {offset + 1} "
-        f"--execute; then restart",
+        f"write another action under [poison]; Kafka's own tool passes over this one message as well: "
+        f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} "
+        f"--to-offset {offset + 1} --execute",
+        Skip(partition=partition, first=offset, end=offset + 1),
     )
+
+
+def _messages_of(work: Work, halt: Halt) -> list[Skip]:
+    """Return the messages of a write one of which may be passed over: it may be one's fault, and somebody knows whose.
+
+    Where it is the table's, it is no message's.
+    """
+    if halt.reason == "table":
+        return []
+    return [Skip(partition=b.partition, first=b.messages[0].offset(), end=b.next_offset) for b, _ in work if b.messages]
 
 
 def _be_patient(batch: Batch) -> None:
@@ -407,5 +420,6 @@ def _refuse_repeats(batch: Batch, lease: Lease) -> None:
                 "checkpoint",
                 f"{batch.partition} was set back to before {lease.max_offset}, and its rows are in the table already "
                 f"(a unique index refuses offset {offset}); delete those rows, or set the offset forward again with "
-                f"kafka-consumer-groups --reset-offsets, then restart",
+                f"kafka-consumer-groups --reset-offsets",
+                Skip(partition=batch.partition, first=offset, end=offset + 1),
             )

@@ -12,7 +12,7 @@ import uvloop
 from consumerd.errors import ConfigError, ConsumerdError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from consumerd.config import Config, DaemonConfig, HandlerConfig
 
@@ -50,7 +50,21 @@ LevelOption = Annotated[str | None, typer.Option("--log-level", help="debug, inf
 
 def load(path: Path | None, properties: list[str] | None, log_level: str | None, *, first: bool = False) -> Config:
     """Read the configuration and set up the logs; exits with every mistake."""
-    from consumerd import loader, log  # noqa: PLC0415 - keeps `--help` quick
+    from consumerd import log  # noqa: PLC0415 - keeps `--help` quick
+
+    try:
+        config = reader(path, properties, log_level, first=first)()
+    except ConfigError as error:
+        fail(str(error), EXIT_CONFIG)
+    log.set_up(config.log)
+    return config
+
+
+def reader(
+    path: Path | None, properties: list[str] | None, log_level: str | None, *, first: bool = False
+) -> Callable[[], Config]:
+    """Return what reads the configuration, now or again, with what was typed; exits with a mistake of that."""
+    from consumerd import loader  # noqa: PLC0415 - keeps `--help` quick
 
     overrides = {}
     for entry in properties or []:
@@ -58,14 +72,13 @@ def load(path: Path | None, properties: list[str] | None, log_level: str | None,
         if not separator:
             fail(f"-X {entry}: write NAME=VALUE", EXIT_USAGE)
         overrides[name] = value
-    try:
+    level = {} if log_level is None else {"level": _level(log_level)}
+
+    def read() -> Config:
         config = loader.load(path, overrides=overrides, first=first)
-        if log_level is not None:
-            config = config.model_copy(update={"log": config.log.model_copy(update={"level": _level(log_level)})})
-    except ConfigError as error:
-        fail(str(error), EXIT_CONFIG)
-    log.set_up(config.log)
-    return config
+        return config.model_copy(update={"log": config.log.model_copy(update=level)})
+
+    return read
 
 
 def running(path: Path | None) -> DaemonConfig:

@@ -121,14 +121,14 @@ def test_watch_goes_on_until_ctrl_c(run: Daemon) -> None:
     assert shown.startswith("\x1b[?1049h\x1b[?25l\x1b[H")
     assert shown.endswith("\x1b[J\x1b[?25h\x1b[?1049l")
 
-    process = subprocess.Popen(
+    follower = subprocess.Popen(
         [*command, "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert process.stdout is not None
-    assert " runs running, 2 partitions, lag 0 messages (0 s)" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode, errors) == (0, "")
+    assert follower.stdout is not None
+    assert " runs running, 2 partitions, lag 0 messages (0 s)" in follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    rest, errors = follower.communicate(timeout=TIMEOUT)
+    assert (follower.returncode, errors) == (0, "")
     assert "\x1b" not in rest
 
 

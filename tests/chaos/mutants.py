@@ -121,9 +121,7 @@ MUTANTS = (
             NO_COMPARE,
             Change(
                 file="member.py",
-                old='            await self._flush(partitions, "revoke", now + (deadline - now) * FLUSH_SHARE)\n'
-                "            self._batches.close(partitions)\n"
-                "            await self._settle(partitions, deadline)\n"
+                old='            await self._lay_down(partitions, "revoke", deadline)\n'
                 "        self.release(partitions)\n",
                 new="            await asyncio.sleep(0)\n",
             ),

@@ -30,7 +30,7 @@ class Checkpoints:
         stored = Stored(epoch=1, next_offset=None, max_offset=None, topic_id=None, target="orders")
         return dict.fromkeys(partitions, stored)
 
-    async def place(self, *_: object) -> bool:
+    async def place(self, *_: object, **__: object) -> bool:
         """Find the claim's epoch, or another."""
         return self._placed
 

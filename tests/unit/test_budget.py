@@ -10,7 +10,7 @@ from consumerd.config import HandlerConfig, TableConfig
 MIB = 1 << 20
 
 
-def of(memory: int, *, connections: int = 4, **batch: float) -> Budget:
+def of(memory: int, *, connections: int = 4, queue: int | None = None, **batch: float) -> Budget:
     """Divide for a handler with these bounds of a batch."""
     handler = HandlerConfig.model_validate(
         {
@@ -22,7 +22,7 @@ def of(memory: int, *, connections: int = 4, **batch: float) -> Budget:
             "batch": batch,
         }
     )
-    return divide(memory, handler)
+    return divide(memory, handler, queue)
 
 
 @pytest.mark.parametrize("memory", [1 * MIB, 64 * MIB, 512 * MIB, 16 << 30])
@@ -34,6 +34,17 @@ def test_within_the_bound(memory: int, connections: int) -> None:
     assert budget.queue + budget.buffered + in_flight <= memory
     assert connections * budget.batch.max_bytes * 2 <= memory // 4
     assert 0 < budget.full < budget.buffered
+
+
+@pytest.mark.parametrize("queue", [MIB, 8 * MIB, 32 * MIB])
+def test_within_the_bound_beside_a_queue_of_another_size(queue: int) -> None:
+    """A share that changes while the consumer is there leaves its queue as it is; all together fits still."""
+    memory = 64 * MIB
+    budget = of(memory, queue=queue, max_messages=1_000_000, max_bytes=1 << 30)
+    in_flight = 4 * budget.batch.max_messages * 600
+    assert budget.queue == queue
+    assert queue + (budget.buffered + in_flight) * 7 // 6 <= memory  # what the allocator holds has its share, too
+    assert of(memory, queue=memory // 8) == of(memory)
 
 
 def test_bounds_are_kept() -> None:

@@ -42,6 +42,7 @@ TESTS: dict[str, str] = {
     "postgres.settings": "acceptance/test_postgres_slow.py::test_writes_longer_than_statement_timeout_become_smaller",
     "daemon.handlers": "unit/test_config_keys.py::test_handlers",
     "daemon.listen": "acceptance/test_config_mistakes.py::test_a_port_in_use_is_one_sentence",
+    "daemon.control": "unit/test_control.py::test_a_socket_is_made_replaced_and_removed",
     "daemon.drain_timeout": "acceptance/test_stop.py::test_a_drain_that_takes_too_long_ends_with_75_and_loses_nothing",
     "daemon.max_buffered": "acceptance/test_stop.py::test_memory_stays_bounded_however_long_the_table_is_locked",
     "log.level": "unit/test_log.py::test_set_up",

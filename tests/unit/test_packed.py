@@ -15,6 +15,7 @@ from consumerd.kafka import PACKED_AT_ONCE, Chunk, ConsumerThread
 from consumerd.member import Member
 from consumerd.packed import Packed, joined
 from consumerd.types import TopicPartition
+from consumerd.ways_on import Accepted
 from consumerd.writer import _packed
 
 BAD = "x"
@@ -163,12 +164,13 @@ def test_fetched_before_the_position() -> None:
     gathered: list[tuple[list[Any], Packed]] = []
     member = Member.__new__(Member)
     member._positions = {TopicPartition("o", 0): 2}
+    member.accepted = Accepted()
     member.progress = cast("Any", SimpleNamespace(consumed=lambda *_: None))
     member._batches = cast(
         "Any", SimpleNamespace(add=lambda _, messages, __, ___, piece: gathered.append((messages, piece)))
     )
     stubs: Any = member
-    stubs._is_another_log = lambda *_: False
+    stubs._halting = SimpleNamespace(is_another_log=lambda *_: False)
     stubs._under_pressure = lambda: False
     stubs._set_timer = lambda: None
     messages: list[Any] = [Message(letter) for letter in "abcd"]

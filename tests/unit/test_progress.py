@@ -224,14 +224,12 @@ def test_halt(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
     it.outage("postgres", "down", "one")
     caplog.clear()
     it.halt(Halt("table", "table t does not exist"))
-    assert lines(caplog) == ["halted: table t does not exist; then restart consumerd"]
+    ways = f"once its cause is mended: consumerd restart {it.handler}; once its file is: consumerd reload"
+    told = f"table t does not exist; {ways}"
+    assert lines(caplog) == [f"halted: {told}"]
     status = it.status({})
     assert (status["state"], status["ready"], status["waiting_for"]) == ("halted", False, {})
-    assert status["halt"] == {
-        "reason": "table",
-        "message": "table t does not exist; then restart consumerd",
-        "commands": [],
-    }
+    assert status["halt"] == {"reason": "table", "message": told, "commands": ["consumerd restart orders"]}
     assert (sample(it, "halts_total", reason="table"), sample(it, "handler_state", state="halted")) == (1.0, 1.0)
 
 

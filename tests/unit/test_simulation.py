@@ -85,7 +85,7 @@ MUTANTS: dict[str, tuple[type | ModuleType, str, str, str, str, str]] = {
     "the lease is not compared": (
         Member, "holds", ".get(batch.partition) is lease", ".get(batch.partition) is not None", "all", "postgres"),
     "a revoke neither waits nor cuts": (
-        Member, "revoked", "await self._settle(partitions, deadline)", "pass", "all", "postgres"),
+        Member, "_lay_down", "await self._settle(partitions, deadline)", "pass", "all", "postgres"),
     "claims are not awaited by a revoke": (
         Member, "revoked", "await self.assignment.claims_landed()", "pass", "rebalance", "postgres"),
     "messages of an earlier seek are taken": (
@@ -100,7 +100,7 @@ MUTANTS: dict[str, tuple[type | ModuleType, str, str, str, str, str]] = {
     "chunks are gathered in the wrong order": (
         Accumulator, "add", "queue.chunks.append", "queue.chunks.appendleft", "rebalance", "postgres"),
     "an adopted offset is not stamped": (
-        Assignment, "_place", "await self._acknowledge(partition, offset)", "pass", "zombies", "postgres"),
+        Assignment, "_place", "await self._acknowledge(partition, offset, tally)", "pass", "zombies", "postgres"),
     "a database that goes back is not noticed": (
         Reconciler, "_compare", "if not before", "if before", "back", "postgres"),
     "the next batch does not wait for the commit": (
