@@ -229,7 +229,8 @@ def test_halt(it: Progress, caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == [f"halted: {told}"]
     status = it.status({})
     assert (status["state"], status["ready"], status["waiting_for"]) == ("halted", False, {})
-    assert status["halt"] == {"reason": "table", "message": told, "commands": ["consumerd restart orders"]}
+    commands = [f"consumerd restart {it.handler}", "consumerd reload"]
+    assert status["halt"] == {"reason": "table", "message": told, "commands": commands}
     assert (sample(it, "halts_total", reason="table"), sample(it, "handler_state", state="halted")) == (1.0, 1.0)
 
 
