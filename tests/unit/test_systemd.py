@@ -202,7 +202,8 @@ def test_reload_and_stop(manager: Manager) -> None:
 
 async def test_what_a_thread_waits_for_on_purpose_is_no_hang() -> None:
     """A thread is stuck from its last turn on; not while it waits to join again, and not when it closes."""
-    thread = ConsumerThread({}, ["t"], cast("Listener", None), "t", Bounds(max_messages=1000, max_bytes=1 << 20, max_age=0.5))
+    bounds = Bounds(max_messages=1000, max_bytes=1 << 20, max_age=0.5)
+    thread = ConsumerThread({}, ["t"], cast("Listener", None), "t", bounds)
     turned = thread._turned
     assert 7.0 == pytest.approx(thread.stuck_for(turned + 7))
     thread._stopping.set()  # the wait ends at once
