@@ -17,7 +17,7 @@ from tests.servers.sql import execute
 from tests.systemd.conftest import TIMEOUT, Site, release, typed
 from tests.systemd.machine import hang
 
-pytestmark = pytest.mark.timeout(120)  # pip, on a machine that does other things, too
+pytestmark = pytest.mark.timeout(600)  # pip, on a machine that does other things, too
 CONFIG = "/etc/consumerd/consumerd.toml"
 STATUS = r"1 of 1 handlers running; \d+ rows/s, \d+ messages.* behind"
 
