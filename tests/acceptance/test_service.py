@@ -32,9 +32,12 @@ class Manager:
 
     def wait_for(self, line: str) -> None:
         """Take datagrams until one has a line."""
-        while line not in (heard := self._socket.recv(65536).decode().split("\n")):
+        deadline = time.monotonic() + TIMEOUT
+        heard: list[str] = []
+        while line not in heard:
+            assert time.monotonic() < deadline, f"no {line}: {self.lines[-5:]}"
+            heard = self._socket.recv(65536).decode().split("\n")
             self.lines += heard
-        self.lines += heard
 
 
 @pytest.fixture
