@@ -84,6 +84,30 @@ def test_a_second_daemon(site: Site) -> None:
     site.lands("clicks")
 
 
+def test_a_reload(site: Site) -> None:
+    """A reload takes up a new file and lets other handlers be; one with a mistake fails, and all goes on as it was."""
+    process = site.machine.pid("consumerd")
+    execute(site.dsn, "CREATE TABLE again (id bigint, visitor text)")
+    execute(site.dsn, "ALTER TABLE again OWNER TO loader")
+    folder = "/etc/consumerd/handlers"
+    site.machine.sh(f"sed 's/^name = .*/name = \"again\"/' {folder}/page_views.toml > {folder}/again.toml")
+    site.type("Change")
+    site.says("2 of 2 handlers running")
+    wait_until(lambda: site.written("again") == site.written(), TIMEOUT, "the rows of the new handler")
+    (reloaded,) = site.journal("--unit=consumerd", "LOGGER=consumerd.daemon", "--grep=^reloaded")
+    assert ("('again',)", "('page_views',)") == (reloaded["STARTED"], reloaded["UNCHANGED"])
+
+    site.machine.sh(f"echo 'topicz = 1' > {folder}/mistake.toml; ! systemctl reload consumerd")
+    assert "active" == site.machine.show("consumerd", "ActiveState")
+    assert site.journal("--unit=consumerd", "--grep=mistake.toml:1.*topicz")
+    site.machine.sh(f"rm {folder}/mistake.toml {folder}/again.toml")
+    site.type("Change")
+    site.says("1 of 1 handlers running")
+    assert process == site.machine.pid("consumerd")
+    site.send(100)
+    site.lands()
+
+
 def test_a_hang(site: Site) -> None:
     """A process that stands still is restarted, and so is one of whose threads the Kafka thread alone does."""
     units = {unit: (site.machine.pid(unit), site.restarts(unit)) for unit in ("consumerd", "consumerd@clicks")}
