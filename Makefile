@@ -1,7 +1,8 @@
 # Needs make and Python >= 3.11. Everything else goes into .venv, pinned and checked by hash; pip takes its own
 # configuration (index, proxy, certificates) from where it always does.
 .DELETE_ON_ERROR:
-.PHONY: demo test packages lint docs bench bench-guard bench-peers bench-scaling chaos chaos-long chaos-mutants lock clean
+.PHONY: demo test test-systemd packages lint docs bench bench-guard bench-peers bench-scaling chaos chaos-long
+.PHONY: chaos-mutants lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -16,6 +17,9 @@ demo: .venv/.runtime-installed  ## the whole path on an embedded broker and data
 test: .venv/.dev-installed  ## unit, integration and acceptance tests, on a real Kafka and a real Postgres
 	@echo "Running the tests (the first run fetches Kafka, about 50 MB)"
 	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+
+test-systemd: .venv/.dev-installed  ## docs/install.md typed in a Debian that is booted for it (root; the first run makes the tree)
+	@$(BIN)/python -m pytest tests/systemd
 
 # What tests of the page, the alerts, the units and docker-compose.yml need beside Java and Maven; without one of them its
 # tests are skipped. RUNLEVEL=1: no service of theirs is started.

@@ -133,8 +133,10 @@ class LogConfig(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """The least that is logged."""
-    format: Literal["auto", "text", "json"] = "auto"
-    """The lines' form; `auto` is text on a terminal and JSON elsewhere."""
+    format: Literal["auto", "text", "json", "journal"] = "auto"
+    """The lines' form; `auto` is text on a terminal, `journal` where systemd has connected standard error to its
+    journal, and JSON elsewhere. In the journal each field of a line is one of the entry's: HANDLER, TOPIC, PARTITION,
+    OFFSET, and so on."""
     heartbeat: Duration = 60.0
     """Time between two lines that tell how each handler does."""
 

@@ -26,6 +26,7 @@ from consumerd.errors import ConfigError, ConsumerdError, Outage
 from consumerd.http import HttpServer
 from consumerd.members import Members
 from consumerd.progress import total_lag
+from consumerd.systemd import Service
 from consumerd.topics import Topics
 from consumerd.until_end import UntilEnd
 
@@ -73,6 +74,7 @@ class Daemon:
         """What ended a member that nothing but a halt may end."""
         self._members = Members(config, names, self._on_end)
         self._control = Control(config.daemon.control, config.path, self._command)
+        self._service = Service(lambda: list(self._members))
         self._until_end = until_end
         self._exit_on_halt = exit_on_halt
         self._ended = not until_end
@@ -95,7 +97,10 @@ class Daemon:
         log.info("started", extra={"version": __version__, "listen": http.address, "handlers": len(self._members)})
         self._make_room_for_calls()
         self._members.start()
-        others = [asyncio.create_task(self._heartbeat(), name="heartbeat")]
+        others = [
+            asyncio.create_task(self._heartbeat(), name="heartbeat"),
+            asyncio.create_task(self._service.run(), name="systemd"),
+        ]
         if self._until_end:
             others.append(asyncio.create_task(self._stop_at_the_end(), name="until end"))
         gc.freeze()
@@ -212,6 +217,7 @@ class Daemon:
 
     async def _drain(self) -> int:
         """Drain all handlers side by side, under one deadline; what changes them just now is left."""
+        self._service.stopping(self._members.config.daemon.drain_timeout)
         for task in self._reloading:
             task.cancel()
         await asyncio.gather(self._control.close(), *self._reloading, return_exceptions=True)

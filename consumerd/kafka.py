@@ -196,6 +196,8 @@ class ConsumerThread(threading.Thread):
         self._rejoin_pause = REJOIN_PAUSE
         self._next_watermarks = 0.0
         self._looked = 0
+        self._turned = time.monotonic()
+        """When it began its last turn; the loop reads it."""
         # Only the loop touches this; the thread reads it.
         self._heard = 0
 
@@ -239,6 +241,10 @@ class ConsumerThread(threading.Thread):
         """Deliver no more messages; callbacks are served on. Raises Outage when there is no consumer just now."""
         self._stopping.set()
         await self._ask(self._pause_all)
+
+    def stuck_for(self, now: float) -> float:
+        """Return the seconds since it began its last turn: many, where it hangs. One that closes is not to turn."""
+        return 0.0 if self._closing.is_set() else now - self._turned
 
     async def close(self) -> None:
         """Commit what is left, leave the group, and wait for the thread's end."""
@@ -304,6 +310,7 @@ class ConsumerThread(threading.Thread):
     def _pause_before_the_next(self) -> None:
         """Wait a while until another consumer joins; a stop ends that, for there is nothing to stop."""
         pause = REJOIN_PAUSE if time.monotonic() - self._since > LONG_MEMBERSHIP else self._rejoin_pause
+        self._turned = time.monotonic() + pause
         if self._stopping.wait(pause):
             self._closing.set()
         self._rejoin_pause = min(pause * 2, MAX_REJOIN_PAUSE)
@@ -320,7 +327,7 @@ class ConsumerThread(threading.Thread):
     def _turn(self, consumer: ck.Consumer) -> None:
         """One turn: what was asked for, commits, and what there is to consume."""
         self._serve(consumer)
-        now = time.monotonic()
+        now = self._turned = time.monotonic()
         self.commits.send(consumer, self._owned, now, at_once=False)
         self._look_around(consumer, now)
         if self._has_room(consumer, now):

@@ -38,7 +38,7 @@ Model = TypeVar("Model", Config, HandlerConfig)
 
 ANY: Final = "*"
 UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
-    Config: [(("log", "format"), "journal")],
+    Config: [],
     HandlerConfig: [
         (("poison", "error_text"), ANY),
     ],

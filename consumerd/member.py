@@ -667,6 +667,10 @@ class Member:
             return False
         return True
 
+    def stuck_for(self, now: float) -> float:
+        """Return the seconds since the Kafka thread last turned; 0 while there is none that is to turn."""
+        return self._thread.stuck_for(now) if self._thread is not None else 0.0
+
     def paused(self) -> int:
         """Return how many of the partitions held are not read just now."""
         return self._thread.paused if self._thread is not None else 0

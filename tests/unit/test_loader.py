@@ -198,7 +198,6 @@ def test_wrong_types_of_a_handler(folder: Path, line: str, told: str) -> None:
 
 
 UNSUPPORTED_LINES = [
-    ("consumerd.toml", 'log.format = "journal"', 'log.format: "journal" is'),
     ("orders", "poison.error_text = true", "poison.error_text: is"),
 ]
 

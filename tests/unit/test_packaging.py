@@ -25,21 +25,12 @@ def _names(requirements: list[str]) -> set[str]:
 
 
 def test_a_daemon_beside_another_runs_as_the_first() -> None:
-    """`consumerd@NAME` differs from `consumerd` in its folders alone, each of which is the instance's own."""
-    one, many = (_text(f"systemd/{name}.service").splitlines() for name in ("consumerd", "consumerd@"))
-    own = {line for line in many if line not in one and not line.startswith("#")}
-    assert own == {
-        "Description=consumerd, Kafka topics into Postgres (%i)",
-        "ExecStart=/opt/consumerd/.venv/bin/consumerd run -c /etc/consumerd/%i/consumerd.toml",
-        "RuntimeDirectory=consumerd/%i",
-        "StateDirectory=consumerd/%i",
-        "WorkingDirectory=%S/consumerd/%i",
-    }
-    keys = {line.partition("=")[0] for line in own}
-
-    assert [line for line in many if line not in own and line[:1] != "#"] == [
-        line for line in one if line.partition("=")[0] not in keys and line[:1] != "#"
-    ]
+    """`consumerd@NAME` differs from `consumerd` in its config file alone."""
+    one, many = (
+        [line for line in _text(f"systemd/{name}.service").splitlines() if not line.startswith("#")]
+        for name in ("consumerd", "consumerd@")
+    )
+    assert [line.replace("/consumerd.toml", "/%i.toml").replace("Postgres", "Postgres (%i)") for line in one] == many
 
 
 @pytest.mark.parametrize("name", FILES)
