@@ -12,7 +12,7 @@ from confluent_kafka import Producer
 from psycopg.rows import dict_row
 
 from tests.conftest import MakeDaemon, MakeTopic
-from tests.servers.daemon import REPOSITORY, Daemon
+from tests.servers.daemon import REPOSITORY, Daemon, consumerd
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port, wait_until
 
@@ -42,8 +42,10 @@ def only_row(dsn: str, table: str) -> dict[str, object]:
     return row
 
 
-def test_the_readme_takes_a_message_to_its_table(kafka: KafkaServer, database: str, tmp_path: Path) -> None:
-    """The README's table, files and commands bring its message into its table, and its addresses answer."""
+def test_the_readme_takes_a_message_to_its_table(
+    kafka: KafkaServer, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's table, files and commands bring its message into its table; its addresses and commands answer."""
     with psycopg.connect(database, autocommit=True) as conn:
         conn.execute(block("sql"))
     kafka.typed(block("sh", "kafka-topics").strip().replace('"$KAFKA"', kafka.bootstrap))
@@ -65,6 +67,10 @@ def test_the_readme_takes_a_message_to_its_table(kafka: KafkaServer, database: s
         assert {"id": 1, "visitor": "Ada", "url": "/", "properties": {"ab": "b"}}.items() <= row.items()
         for path in re.findall(r"^curl http://127\.0\.0\.1:9464(/\w+)$", README, re.MULTILINE):
             assert (path, 200) == (path, run.get(path)[0])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for line in block("sh", "consumerd lag").splitlines():
+            assert (line, 0) == (line, consumerd(*line.split()[1:], cwd=tmp_path).returncode)
         assert run.stop() == 0
     finally:
         run.close()
