@@ -50,11 +50,14 @@ def lag(
     loaded = load(config, properties, log_level)
     names = handlers or [handler.name for handler in loaded.handlers]
     wanted = [chosen(loaded, name) for name in names]
-    from consumerd.commands.lag import lags_of, text  # noqa: PLC0415 - what only `lag` needs
+    from consumerd.commands.lag import lags_of_all, text  # noqa: PLC0415 - what only `lag` needs
 
-    lags = [each for handler in wanted for each in complete(lags_of(loaded, handler))]
-    typer.echo(text(lags) if output is Output.text else "\n".join(each.line() for each in lags))
-    if max_seconds is not None and any(each.exceeds(max_seconds) for each in lags):
+    lags, problems = complete(lags_of_all(loaded, wanted))
+    for line in [text(lags)] if output is Output.text and lags else [each.line() for each in lags]:
+        typer.echo(line)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems or (max_seconds is not None and any(each.exceeds(max_seconds) for each in lags)):
         sys.exit(EXIT_FAILED)
 
 

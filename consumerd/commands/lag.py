@@ -22,6 +22,7 @@ from consumerd.brokers import client_config
 from consumerd.commands.group import Group, survey
 from consumerd.commands.sample import GROUP
 from consumerd.commands.tables import aligned
+from consumerd.errors import Halt
 from consumerd.topics import meaning
 from consumerd.types import TopicPartition
 
@@ -93,6 +94,17 @@ def text(lags: Sequence[Lag]) -> str:
 
 def _or_unknown(number: int | None) -> str:
     return "?" if number is None else str(number)
+
+
+async def lags_of_all(config: Config, handlers: Iterable[HandlerConfig]) -> tuple[list[Lag], list[str]]:
+    """Return the lags of handlers, and a sentence for each of which there is none to tell; raises Outage."""
+    lags, problems = [], []
+    for handler in handlers:
+        try:
+            lags += await lags_of(config, handler)
+        except Halt as halt:
+            problems.append(f"{handler.name}: {halt}")
+    return lags, problems
 
 
 async def lags_of(config: Config, handler: HandlerConfig) -> list[Lag]:

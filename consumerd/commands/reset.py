@@ -1,13 +1,14 @@
 """`consumerd offsets reset --execute`: the checkpoint and Kafka's offset, both set, in an order that bears a crash.
 
-1. Where Kafka has an operator's offset that no start has taken up yet, it is set to the new one, as an operator's: a
-   start takes that up, and the checkpoint, whatever it is, follows.
-2. The checkpoints are set, all in one transaction, by compare-and-set on what was shown, and their epochs raised: a
-   zombie's write is rolled back. From here on each start goes on at the new offset: Kafka's is a stamped one, over
-   which the checkpoint wins, or the new one.
-3. Kafka's offsets are set, with our stamp.
+1. A transaction sets the checkpoints, all or none, by compare-and-set on what was shown, and raises their epochs: a
+   zombie's write is rolled back.
+2. Before its COMMIT, where Kafka has an operator's offset that no start has taken up yet, that is set to the new one,
+   as an operator's: a start takes it up whether or not COMMIT came.
+3. COMMIT. From here on each start goes on at the new offset: Kafka's is a stamped one, over which the checkpoint wins,
+   or the new one.
+4. Kafka's offsets are set, with our stamp.
 
-Where Kafka's offset is the checkpoint, step 3 is all there is.
+Where Kafka's offset is the checkpoint, step 4 is all there is.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ async def execute(config: Config, handler: HandlerConfig, plan: Plan) -> list[st
         store = await checkpoints.store(conn)
         for topic in {each.at.partition.topic for each in plan.resets}:
             await tables.of(topic).make_ready(conn)
-        if operators := [each for each in plan.resets if each.at.is_operators]:
-            await group.commit({each.at.partition: (each.new, "") for each in operators})
-        await _set(conn, checkpoints, plan.resets, schema)
+        async with postgres.transaction(conn):
+            await _set(conn, checkpoints, plan.resets, schema)
+            if operators := [each for each in plan.resets if each.at.is_operators]:
+                await group.commit({each.at.partition: (each.new, "") for each in operators})
     stamps = {each.at.partition: (each.new, _stamp(handler, each, store)) for each in plan.resets}
     try:
         await group.commit(stamps)
@@ -83,29 +85,28 @@ async def execute(config: Config, handler: HandlerConfig, plan: Plan) -> list[st
 
 
 async def _set(conn: AsyncConnection[Any], checkpoints: Checkpoints, resets: Sequence[Reset], schema: str) -> None:
-    """Set checkpoints, all or none; raises Halt when one of them is not as it was shown."""
+    """Set checkpoints, in the open transaction; raises Halt when one of them is not as it was shown."""
     topics = {each.at.partition.topic: each.at.topic for each in resets}
-    async with postgres.transaction(conn):
-        await checkpoints.appear(conn, {name: topic.partitions for name, topic in topics.items()}, topics)
-        values = {
-            "group": checkpoints.group,
-            "topics": [each.at.partition.topic for each in resets],
-            "partitions": [each.at.partition.partition for each in resets],
-            "epochs": [each.at.stored.epoch if each.at.stored else 0 for each in resets],
-            "olds": [-2 if each.at.checkpoint is None else each.at.checkpoint for each in resets],
-            "news": [each.new for each in resets],
-            "ids": [each.at.topic.topic_id for each in resets],
-            "again": [each.at.made_again for each in resets],
-            "targets": [checkpoints.target(each.at.partition.topic) for each in resets],
-        }
-        done = await call(conn, sql.SQL(_RESET).format(schema=sql.Identifier(schema)), values)
-        if moved := {each.at.partition for each in resets} - {TopicPartition(*row) for row in done}:
-            names = ", ".join(map(str, sorted(moved)))
-            raise Halt(
-                "checkpoint",
-                f"the checkpoint of {names} is not as it was shown any more: a member writes, or somebody else set it; "
-                f"nothing was set; look again",
-            )
+    await checkpoints.appear(conn, {name: topic.partitions for name, topic in topics.items()}, topics)
+    values = {
+        "group": checkpoints.group,
+        "topics": [each.at.partition.topic for each in resets],
+        "partitions": [each.at.partition.partition for each in resets],
+        "epochs": [each.at.stored.epoch if each.at.stored else 0 for each in resets],
+        "olds": [-2 if each.at.checkpoint is None else each.at.checkpoint for each in resets],
+        "news": [each.new for each in resets],
+        "ids": [each.at.topic.topic_id for each in resets],
+        "again": [each.at.made_again for each in resets],
+        "targets": [checkpoints.target(each.at.partition.topic) for each in resets],
+    }
+    done = await call(conn, sql.SQL(_RESET).format(schema=sql.Identifier(schema)), values)
+    if moved := {each.at.partition for each in resets} - {TopicPartition(*row) for row in done}:
+        names = ", ".join(map(str, sorted(moved)))
+        raise Halt(
+            "checkpoint",
+            f"the checkpoint of {names} is not as it was shown any more: a member writes, or somebody else set it; "
+            f"nothing was set; look again",
+        )
 
 
 def _stamp(handler: HandlerConfig, reset: Reset, store: str) -> str:

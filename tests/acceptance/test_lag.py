@@ -157,6 +157,18 @@ def test_a_table_for_people(behind: Behind) -> None:
     assert first.endswith("no checkpoint yet: begins at 0")
 
 
+def test_a_handler_without_its_topic_hides_no_other(behind: Behind) -> None:
+    """Its sentence is told, exit status 1, and the lag of the others all the same."""
+    path = behind.folder / "handlers" / "absent.toml"
+    path.write_text('topics = ["absent"]\ntable = { name = "events", write = "append" }\n')
+    done = consumerd("lag", "-o", "json", cwd=behind.folder)
+    assert (FAILED, ["events", "events"]) == (
+        done.returncode,
+        [json.loads(line)["handler"] for line in done.stdout.splitlines()],
+    )
+    assert done.stderr.startswith("absent: topic absent does not exist")
+
+
 def test_mistakes(behind: Behind) -> None:
     """A handler that is not there and brokers that are away are one sentence each, with a code of their own."""
     done = consumerd("lag", "evnets", cwd=behind.folder)

@@ -163,20 +163,17 @@ def test_a_crash_between_the_stores_resolves_to_the_new_offset(
         pytest.skip("the checkpoint is the first of the two then")
     wanted = plan(written, "to-offset", 60)
 
-    async def dies(*_: object) -> None:
-        raise KeyboardInterrupt
+    whole = Group.commit
 
-    if crash == "after Kafka's offset":
-        monkeypatch.setattr(reset, "_set", dies)
-    else:
-        whole = Group.commit
+    async def dies(self: Group, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        """Be killed before the commit that is the last, or right after the first."""
+        if any(stamp for _, stamp in offsets.values()):
+            raise KeyboardInterrupt
+        await whole(self, offsets)
+        if crash == "after Kafka's offset":
+            raise KeyboardInterrupt
 
-        async def commits_operators_alone(self: Group, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
-            if any(metadata for _, metadata in offsets.values()):
-                raise KeyboardInterrupt
-            await whole(self, offsets)
-
-        monkeypatch.setattr(Group, "commit", commits_operators_alone)
+    monkeypatch.setattr(Group, "commit", dies)
     with pytest.raises(KeyboardInterrupt):
         carry_out(written, wanted)
     run_to_the_end(written)
