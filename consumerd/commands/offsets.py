@@ -297,7 +297,7 @@ def _repeats(handler: HandlerConfig, resets: Sequence[Reset], tables: LiveTables
         again.setdefault(becomes, []).append(f"{each.at.partition} below {highest}")
     return [
         f"Warning: rows of {', '.join(places)} were written before, and append {becomes}; to write a range into "
-        f"another table: consumerd replay {handler.name}"
+        f"another table: consumerd replay {handler.name} --into TABLE"
         for becomes, places in again.items()
     ]
 

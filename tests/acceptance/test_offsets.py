@@ -2,9 +2,9 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -209,18 +209,24 @@ def test_no_offset_is_set_under_members(database: str, events: MakeEvents) -> No
 
 def test_what_is_exported_is_what_kafkas_tool_exports(kafka: KafkaServer, written: Events, tmp_path: Path) -> None:
     """The CSV of both tools says the same, what is clipped to the log included, and each reads the other's."""
-    stream, whole = written.stream, ("--topic", written.stream.topic)
-    between = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000")
-    stream.produce(20)
-    for way in (("--to-datetime", between), ("--shift-by", "1000")):
-        theirs = tool(kafka, stream.topic, "--reset-offsets", "--dry-run", "--export", *way, *whole)
-        ours = command(written, "reset", *way, *whole, "--export").stdout
-        assert sorted(theirs.split()) == sorted(ours.split()), way
-        (file := tmp_path / "plan.csv").write_text(theirs)
-        assert [100 if way[0] == "--to-datetime" else 110] * 2 == list(aim({"from-file": file}).offsets.values())
-    (file := tmp_path / "plan.csv").write_text(plan(written, "to-offset", 30).csv())
+    stream, way = written.stream, ("--shift-by", "1000", "--topic", written.stream.topic)
+    theirs = tool(kafka, stream.topic, "--reset-offsets", "--dry-run", "--export", *way)
+    ours = command(written, "reset", *way, "--export").stdout
+    assert sorted(theirs.split()) == sorted(ours.split()) == [f"{stream.topic},0,100", f"{stream.topic},1,100"]
+    (file := tmp_path / "plan.csv").write_text(theirs)
+    assert [100, 100] == list(aim({"from-file": file}).offsets.values())
+    file.write_text(plan(written, "to-offset", 30).csv())
     tool(kafka, stream.topic, "--reset-offsets", "--execute", "--from-file", str(file))
     assert {0: 30, 1: 30} == committed(stream)
+
+
+def test_to_a_time(written: Events) -> None:
+    """It is the first message at or after the time; the log's end where there is none so late."""
+    between = time.time_ns() // 1_000_000 + 1
+    wait_until(lambda: time.time_ns() // 1_000_000 > between, TIMEOUT, "a later millisecond")
+    written.stream.produce(20)
+    for moment, offset in ((0, 0), (between, 100), (between + 3_600_000, 110)):
+        assert [offset, offset] == [each.new for each in plan(written, "to-datetime", moment).resets]
 
 
 def test_before_the_first_run(database: str, events: MakeEvents) -> None:
