@@ -133,6 +133,7 @@ def test_a_reset_moves_both_stores_and_takes_effect_exactly(written: Events) -> 
     done = command(written, "reset", "--to-offset", "70", "--topic", f"{stream.topic}:1", "--execute")
     assert (OK, "Set: 1 partitions.") == (done.returncode, done.stderr.splitlines()[-1])
     assert ({0: 100, 1: 70}, {0: 100, 1: 70}) == stores(written)
+    assert [100, 70] == [json.loads(str(each.metadata))["offset"] for each in commits(stream)]  # stamped
     assert [(1,), (2,)] == execute(written.dsn, "SELECT epoch FROM consumerd.checkpoint ORDER BY partition")
     run_to_the_end(written)
     read_again(stream, times, {1: 70})
