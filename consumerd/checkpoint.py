@@ -235,15 +235,8 @@ class Checkpoints:
         that a pattern matched "the first time" is the group's: what comes to match later is read from its start.
         """
         await self._refuse_other_group(conn, partitions, topics)
-        values = {
-            "topics": list(counts),
-            "counts": list(counts.values()),
-            "matched": [topics[topic].matched for topic in counts],
-            "targets": [self.target(topic) for topic in counts],
-            "group": self.group,
-        }
         await call(conn, CLAIM_TIMEOUT)
-        await call(conn, self._sql(_APPEAR), values)
+        await self.appear(conn, counts, topics)
         rows = await call(conn, self._sql(_CLAIM), self._keys(partitions))
         return {
             TopicPartition(topic, number): Stored(
@@ -257,6 +250,17 @@ class Checkpoints:
             )
             for topic, number, topic_id, next_offset, max_offset, epoch, target, leader_epoch, *tally in rows
         }
+
+    async def appear(self, conn: AsyncConnection[Any], counts: Mapping[str, int], topics: Mapping[str, Topic]) -> None:
+        """Make the rows of partitions that have none: the group has seen them now."""
+        values = {
+            "topics": list(counts),
+            "counts": list(counts.values()),
+            "matched": [topics[topic].matched for topic in counts],
+            "targets": [self.target(topic) for topic in counts],
+            "group": self.group,
+        }
+        await call(conn, self._sql(_APPEAR), values)
 
     async def look(
         self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition], topics: Mapping[str, Topic]

@@ -84,7 +84,7 @@ def decode_stamp(metadata: str | None) -> Stamp | None:
         return None
 
 
-def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that it is
+def decide(  # noqa: PLR0911 - one branch for each row of the table that it is
     partition: TopicPartition,
     stored: Stored,
     committed: Committed,
@@ -102,18 +102,7 @@ def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that i
     stamp, offset = committed.stamp, committed.offset
     if stamp is not None and stamp.mode != "postgres":
         stamp = None  # at least once came in between: what it committed is as good as an operator's offset
-    if stored.target != target:
-        raise Halt(
-            "checkpoint",
-            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` "
-            f"to a new name to start over (it reads the topic again), or `table.name` back",
-        )
-    if stamp is not None and (stamp.store != store or stamp.group != group):
-        raise Halt(
-            "checkpoint",
-            f"group {group} commits {partition} for another database (store {stamp.store}, group {stamp.group}; this "
-            f"one is store {store}): point `postgres.dsn` back at it, or set `group_id` to a new name",
-        )
+    require_ours(partition, stored, stamp, store=store, group=group, target=target)
     _same_topic(partition, stored.topic_id, topic_id, stored.next_offset)
     if stored.next_offset is None or stored.next_offset < 0:
         late = stored.next_offset == LOG_START
@@ -139,6 +128,32 @@ def decide(  # noqa: C901, PLR0911 - one branch for each row of the table that i
         note = f"Postgres went back: {here}..{offset - 1} had been written and is written again"
         return Decision(kind="resume", offset=here, note=note)
     return Decision(kind="resume", offset=here)
+
+
+def require_ours(
+    partition: TopicPartition, stored: Stored | None, stamp: Stamp | None, *, store: str, group: str, target: str
+) -> None:
+    """Halt when a checkpoint is another table's, or Kafka's offset another database's."""
+    if stored is not None and stored.target != target:
+        raise Halt(
+            "checkpoint",
+            f"group {group} wrote {partition} to {stored.target}, and is configured for {target} now: set `group_id` "
+            f"to a new name to start over (it reads the topic again), or `table.name` back",
+        )
+    if stamp is not None and stamp.mode == "postgres" and (stamp.store != store or stamp.group != group):
+        raise Halt(
+            "checkpoint",
+            f"group {group} commits {partition} for another database (store {stamp.store}, group {stamp.group}; this "
+            f"one is store {store}): point `postgres.dsn` back at it, or set `group_id` to a new name",
+        )
+
+
+def set_by_operator(committed: Committed, mode: Mode) -> bool:
+    """Whether Kafka's offset is none of ours in this mode, so that it becomes the checkpoint at the next start."""
+    stamp = committed.stamp
+    if committed.offset is None or stamp is None or stamp.mode != mode:
+        return committed.offset is not None
+    return mode == "postgres" and stamp.offset != committed.offset
 
 
 def decide_by_kafka(

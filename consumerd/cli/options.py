@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 import uvloop
 
-from consumerd.errors import ConfigError, ConsumerdError
+from consumerd.errors import ConfigError, ConsumerdError, Outage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -111,6 +111,8 @@ def complete(coroutine: Coroutine[Any, Any, T]) -> T:
         return uvloop.run(coroutine)
     except ConfigError as error:
         fail(str(error), EXIT_CONFIG)
+    except Outage as error:
+        fail(str(error), EXIT_NOT_REACHED)
     except ConsumerdError as error:
         fail(str(error), EXIT_FAILED)
 

@@ -148,6 +148,32 @@ def try_(
 
 
 @app.command()
+def tune(
+    handler: HandlerArgument,
+    config: ConfigOption = None,
+    properties: PropertyOption = None,
+    log_level: LevelOption = None,
+    output: OutputOption = Output.text,
+    *,
+    count: Annotated[
+        int,
+        typer.Option("-n", "--count", min=1_000, max=10_000_000, metavar="MESSAGES", help="Messages of the sample."),
+    ] = 200_000,
+) -> None:
+    """Measure which size of batches is best: the topics' last messages, written into a copy of the table, recommended.
+
+    The copy is a table of the daemon's own schema, with the table's columns, constraints and indexes; it is dropped in
+    the end. The table itself, its sequences and its triggers are not touched, no group is joined, and no file changed.
+    """
+    loaded = load(config, properties, log_level)
+    one = chosen(loaded, handler)
+    from consumerd.commands.tune import tune as measure  # noqa: PLC0415 - what only `tune` needs
+
+    tuned = complete(measure(loaded, one, count))
+    typer.echo(tuned.text() if output is Output.text else "\n".join(tuned.lines()))
+
+
+@app.command()
 def demo(
     *,
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running and say how to look at it.")] = False,

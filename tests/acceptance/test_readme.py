@@ -42,8 +42,10 @@ def only_row(dsn: str, table: str) -> dict[str, object]:
     return row
 
 
-def test_the_readme_takes_a_message_to_its_table(kafka: KafkaServer, database: str, tmp_path: Path) -> None:
-    """The README's table, files and commands bring its message into its table, and its addresses answer."""
+def test_the_readme_takes_a_message_to_its_table(
+    kafka: KafkaServer, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's table, files and commands bring its message into its table; its addresses and commands answer."""
     with psycopg.connect(database, autocommit=True) as conn:
         conn.execute(block("sql"))
     kafka.typed(block("sh", "kafka-topics").strip().replace('"$KAFKA"', kafka.bootstrap))
@@ -67,6 +69,10 @@ def test_the_readme_takes_a_message_to_its_table(kafka: KafkaServer, database: s
             assert (path, 200) == (path, run.get(path)[0])
         assert "\nconsumerd status page_views " in README
         assert "written 1 rows" in consumerd("status", "page_views", cwd=tmp_path).stdout
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for line in block("sh", "consumerd lag").splitlines():
+            assert (line, 0) == (line, consumerd(*line.split()[1:], cwd=tmp_path).returncode)
         assert run.stop() == 0
     finally:
         run.close()
