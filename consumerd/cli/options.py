@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 import uvloop
 
-from consumerd.errors import ConfigError, ConsumerdError
+from consumerd.errors import ConfigError, ConsumerdError, Outage, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -92,12 +92,16 @@ def _level(name: str) -> str:
     return name
 
 
-def complete(coroutine: Coroutine[Any, Any, T]) -> T:
+def complete(coroutine: Coroutine[Any, Any, T], *, not_reached: int = EXIT_FAILED) -> T:
     """Run to the end; an error of ours becomes a sentence and an exit code."""
     try:
         return uvloop.run(coroutine)
     except ConfigError as error:
         fail(str(error), EXIT_CONFIG)
+    except UsageError as error:
+        fail(str(error), EXIT_USAGE)
+    except Outage as error:
+        fail(str(error), not_reached)
     except ConsumerdError as error:
         fail(str(error), EXIT_FAILED)
 
