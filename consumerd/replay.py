@@ -120,6 +120,18 @@ class RangeAssignment(Assignment):
     def _counts(self, partitions: Sequence[TopicPartition]) -> dict[str, int]:  # noqa: ARG002 - as Assignment
         return {}  # no other checkpoints appear than were made when the replay began
 
+    async def _claim(
+        self, conn: AsyncConnection[Any], partitions: Sequence[TopicPartition]
+    ) -> dict[TopicPartition, Stored]:
+        stored = await super()._claim(conn, partitions)
+        if gone := [str(partition) for partition in partitions if partition not in stored]:
+            raise Halt(
+                "checkpoint",
+                f"the checkpoint of this replay for {gone[0]} is gone: it was forgotten, or Postgres went back to "
+                f"before it began",
+            )
+        return stored
+
     def _decide(self, partition: TopicPartition, stored: Stored, committed: Committed) -> Decision:  # noqa: ARG002
         topic_id = self._topic_id(partition)
         if stored.topic_id and topic_id and stored.topic_id != topic_id:

@@ -80,7 +80,8 @@ def replay(
         typer.echo(f"replay {forget} is forgotten", err=True)
     if forget is not None or list_:
         records = complete(command.records(loaded, one), not_reached=EXIT_NOT_REACHED)
-        typer.echo(told.listed(records) if text else "\n".join(map(told.record_json, records)))
+        for line in [told.listed(records)] if text else map(told.record_json, records):
+            typer.echo(line)
         return
     try:
         asked = ranges.parse(start or (), end or (), last, topics or (), now=dt.datetime.now(dt.UTC))

@@ -67,7 +67,7 @@ _FAILED = "UPDATE {schema}.replays SET seen_at = now(), failed = %(failed)s WHER
 _FINISHED = """\
 UPDATE {schema}.replays r SET seen_at = now(), finished_at = now(), failed = NULL,
     rows = c.rows, refused = c.refused, skipped = c.skipped
-FROM (SELECT sum(rows) AS rows, sum(refused) AS refused, sum(skipped) AS skipped
+FROM (SELECT coalesce(sum(rows), 0) AS rows, coalesce(sum(refused), 0) AS refused, coalesce(sum(skipped), 0) AS skipped
       FROM {schema}.replay_checkpoint WHERE group_id = %(own)s) c
 WHERE r.id = %(id)s AND r.finished_at IS NULL
 RETURNING r.rows, r.refused, r.skipped"""
