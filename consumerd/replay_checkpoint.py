@@ -43,11 +43,9 @@ CREATE TABLE IF NOT EXISTS {schema}.replays (
     started_at timestamptz NOT NULL DEFAULT now(),
     seen_at timestamptz NOT NULL DEFAULT now(),
     finished_at timestamptz,
-    failed text,
-    rows bigint,
-    refused bigint,
-    skipped bigint
+    failed text
 );
+CREATE UNIQUE INDEX IF NOT EXISTS replays_open ON {schema}.replays (group_id, range, target) WHERE finished_at IS NULL;
 CREATE TABLE IF NOT EXISTS {schema}.replay_checkpoint (
     LIKE {schema}.checkpoint INCLUDING ALL,
     first_offset bigint NOT NULL,
@@ -58,8 +56,9 @@ CREATE TABLE IF NOT EXISTS {schema}.replay_checkpoint (
     skipped bigint NOT NULL DEFAULT 0
 );
 """
-"""What `consumerd setup` makes for replays. A replay that has ended keeps its record, for whoever asks later, and gives
-its checkpoints up; one that was seen long ago and has not ended was interrupted."""
+"""What `consumerd setup` makes for replays. One that has ended stays on record with its ranges, until it is forgotten:
+the same messages are not to be appended to the same table once more. One that was seen long ago and has not ended was
+interrupted."""
 
 GRANTS: Final = """\
 GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.replays, {schema}.replay_checkpoint TO {role};

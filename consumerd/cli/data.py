@@ -98,10 +98,10 @@ def replay(
         typer.echo(told.tried(prepared, result, wish) if text else told.as_json(prepared, result))
     else:
         running = command.execute(loaded, one, wish, prepared, teller)
-        number, result, totals = complete(running, not_reached=EXIT_NOT_REACHED)
+        number, result, record = complete(running, not_reached=EXIT_NOT_REACHED)
         teller.over()
-        line = told.as_json(prepared, result, number=number, totals=totals)
-        typer.echo(told.ended(number, result, totals) if text else line)
+        line = told.as_json(prepared, result, number=number, record=record)
+        typer.echo(told.ended(number, result, record) if text else line)
     if result.halt:
         fail(result.halt, EXIT_FAILED)
     if result.stopped:

@@ -101,8 +101,8 @@ async def try_out(config: Config, prepared: Prepared, count: int, show: Callable
 
 async def execute(
     config: Config, handler: HandlerConfig, wish: Wish, prepared: Prepared, show: Callable[[Replay], None]
-) -> tuple[int, Result, tuple[int, int, int] | None]:
-    """Replay; return the replay's number, how this run ended, and, after the end, what all runs made of it."""
+) -> tuple[int, Result, Record | None]:
+    """Replay; return the replay's number, how this run ended, and the record of one that is over."""
     conn = await _connect(config, handler)
     try:
         replays = Replays(conn, config.postgres.schema_name, handler.group_id)

@@ -102,7 +102,7 @@ async def prepare(config: Config, configured: HandlerConfig, wish: Wish, conn: A
         settled, epochs = await _asked(config, configured, wish, conn, partitions, at_checkpoint=at_checkpoint)
     if settled.gaps and not wish.accept_gap:
         raise Halt("gap", f"{'; '.join(settled.gaps)}; nothing was skipped; to replay what is there: --accept-gap")
-    return Prepared(
+    prepared = Prepared(
         handler=handler,
         found=found,
         targets=targets,
@@ -112,6 +112,8 @@ async def prepare(config: Config, configured: HandlerConfig, wish: Wish, conn: A
         goes_on=same,
         others=tuple(record for record in unfinished if record is not same),
     )
+    await _refuse_repeats(replays, prepared)
+    return prepared
 
 
 def as_it_writes(handler: HandlerConfig, wish: Wish) -> HandlerConfig:
@@ -179,6 +181,26 @@ async def _may_write(
             f"its group {handler.group_id} has members ({members}): stop it first; or name another table with --into",
         )
     return True
+
+
+async def _refuse_repeats(replays: Replays, prepared: Prepared) -> None:
+    """Refuse to append what another replay has appended to the same table, or to undo what one has written there."""
+    table, targets = prepared.handler.table, prepared.targets
+    if table.write == "skip-existing" or (table.version is not None and table.tombstones != "delete"):
+        return
+    only_later = table.write == "upsert"
+    number = prepared.goes_on.id if prepared.goes_on is not None else None
+    other = await replays.earlier(number, prepared.ranges, prepared.found, targets, only_later=only_later)
+    if other is None:
+        return
+    group, partition = other
+    what = f"later messages of {partition}" if only_later else f"messages of {partition} in this range"
+    raise Halt(
+        "table",
+        f"replay {group.rpartition('/')[2]} of group {group.partition('/replay/')[0]} writes {what} to "
+        f"{targets[partition.topic]} already: name another table with --into; or, once its rows are gone, forget it "
+        f"with --forget and --execute",
+    )
 
 
 async def _is_own(

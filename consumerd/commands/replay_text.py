@@ -126,22 +126,18 @@ def tried(prepared: Prepared, result: Result, wish: Wish) -> str:
     return "\n".join(lines)
 
 
-def ended(number: int, result: Result, totals: tuple[int, int, int] | None) -> str:
+def ended(number: int, result: Result, record: Record | None) -> str:
     """Return what became of a replay."""
     lines = _named(result)
-    if totals is not None:
-        rows, refused, skipped = totals
-        lines.append(f"Replay {number} has ended: {rows:,} rows, {refused:,} refused, {skipped:,} skipped.")
+    if record is not None:
+        lines.append(f"Replay {number} has ended: {_totals(record)}.")
     else:
         lines.append(f"Replay {number} has not ended; this run: {_counted(result)}.")
     return "\n".join(lines)
 
 
-def as_json(
-    prepared: Prepared, result: Result, *, number: int | None = None, totals: tuple[int, int, int] | None = None
-) -> str:
+def as_json(prepared: Prepared, result: Result, *, number: int | None = None, record: Record | None = None) -> str:
     """Return the same as one JSON object."""
-    names = ("rows", "refused", "skipped")
     entry: dict[str, Any] = {
         "handler": prepared.handler.name,
         "targets": dict(prepared.targets),
@@ -162,7 +158,7 @@ def as_json(
             {"topic": p.topic, "partition": p.partition, "offset": offset, **asdict(refusal)}
             for p, offset, refusal in result.counts.told
         ],
-        "totals": dict(zip(names, totals, strict=True)) if totals else None,
+        "record": asdict(record) if record else None,
         "halt": result.halt,
         "stopped": result.stopped,
     }
@@ -185,10 +181,13 @@ def _line(record: Record) -> str:
     else:
         share = record.passed / record.offsets if record.offsets else 1.0
         state = f"stands at {share:.1%}, last seen {record.seen:%Y-%m-%d %H:%M:%S %Z}"
-    counts = f"{record.rows:,} rows, {record.refused:,} refused, {record.skipped:,} skipped"
     failed = f"; it failed: {record.failed}" if record.failed else ""
     begun = f"begun {record.started:%Y-%m-%d %H:%M:%S %Z}"
-    return f"{record.id}: {record.range} into {record.target}, {begun}, {state}: {counts}{failed}"
+    return f"{record.id}: {record.range} into {record.target}, {begun}, {state}: {_totals(record)}{failed}"
+
+
+def _totals(record: Record) -> str:
+    return f"{record.rows:,} rows, {record.refused:,} refused, {record.skipped:,} skipped"
 
 
 def _counted(result: Result) -> str:

@@ -28,7 +28,7 @@ WHERE n.nspname = %(schema)s AND c.relname IN ('replays', 'replay_checkpoint')""
 
 _LIST = """\
 SELECT r.id, r.range, r.target, r.runs, r.started_at, r.seen_at, r.finished_at, r.failed,
-    coalesce(r.rows, c.rows, 0)::int8, coalesce(r.refused, c.refused, 0)::int8, coalesce(r.skipped, c.skipped, 0)::int8,
+    coalesce(c.rows, 0)::int8, coalesce(c.refused, 0)::int8, coalesce(c.skipped, 0)::int8,
     coalesce(c.passed, 0)::int8, coalesce(c.offsets, 0)::int8
 FROM {schema}.replays r LEFT JOIN (
     SELECT group_id, sum(rows) AS rows, sum(refused) AS refused, sum(skipped) AS skipped,
@@ -39,7 +39,8 @@ WHERE r.group_id = %(group)s ORDER BY r.id"""
 
 _BEGIN = """\
 INSERT INTO {schema}.replays (handler, group_id, range, target)
-VALUES (%(handler)s, %(group)s, %(range)s, %(target)s) RETURNING id"""
+VALUES (%(handler)s, %(group)s, %(range)s, %(target)s)
+ON CONFLICT (group_id, range, target) WHERE finished_at IS NULL DO NOTHING RETURNING id"""
 
 _BEGIN_PARTITIONS = """\
 INSERT INTO {schema}.replay_checkpoint
@@ -65,14 +66,19 @@ WHERE group_id = %(own)s AND topic = %(topic)s AND partition = %(partition)s AND
 _SEEN = "UPDATE {schema}.replays SET seen_at = now() WHERE id = %(id)s AND runs = %(run)s"
 _FAILED = "UPDATE {schema}.replays SET seen_at = now(), failed = %(failed)s WHERE id = %(id)s AND runs = %(run)s"
 _FINISHED = """\
-UPDATE {schema}.replays r SET seen_at = now(), finished_at = now(), failed = NULL,
-    rows = c.rows, refused = c.refused, skipped = c.skipped
-FROM (SELECT coalesce(sum(rows), 0) AS rows, coalesce(sum(refused), 0) AS refused, coalesce(sum(skipped), 0) AS skipped
-      FROM {schema}.replay_checkpoint WHERE group_id = %(own)s) c
-WHERE r.id = %(id)s AND r.finished_at IS NULL
-RETURNING r.rows, r.refused, r.skipped"""
+UPDATE {schema}.replays SET seen_at = now(), finished_at = now(), failed = NULL
+WHERE id = %(id)s AND finished_at IS NULL"""
 _FORGET_PARTITIONS = "DELETE FROM {schema}.replay_checkpoint WHERE group_id = %(own)s"
 _FORGET = "DELETE FROM {schema}.replays WHERE id = %(id)s AND group_id = %(group)s RETURNING id"
+_EARLIER = """\
+SELECT c.group_id, c.topic, c.partition FROM {schema}.replay_checkpoint c
+JOIN unnest(%(topics)s::text[], %(partitions)s::int[], %(ids)s::text[], %(starts)s::int8[], %(ends)s::int8[],
+            %(targets)s::text[]) AS r (topic, partition, topic_id, first_offset, end_offset, target)
+    USING (topic, partition, target)
+WHERE c.group_id <> %(own)s AND coalesce(c.topic_id = r.topic_id, true)
+  AND CASE WHEN %(only_later)s THEN c.end_offset > r.end_offset
+           ELSE c.first_offset < r.end_offset AND r.first_offset < c.end_offset END
+ORDER BY 1, 2, 3 LIMIT 1"""
 _WRITES = """\
 SELECT group_id FROM {schema}.checkpoint WHERE target = %(target)s AND group_id <> %(group)s AND next_offset >= 0
 LIMIT 1"""
@@ -95,7 +101,7 @@ class Record:
     refused: int
     skipped: int
     passed: int
-    """Offsets that it has gone through, of `offsets`; 0 of 0 once it has ended."""
+    """Offsets that it has gone through, of `offsets`."""
     offsets: int
 
 
@@ -165,9 +171,14 @@ class Replays:
         """Make the record and the checkpoints of a replay."""
         partitions = sorted(begun.ranges)
         async with postgres.transaction(self._conn):
-            ((number,),) = await self._call(
+            rows = await self._call(
                 _BEGIN, handler=begun.handler, group=self._group, range=begun.range, target=begun.target
             )
+            if not rows:
+                raise Halt(
+                    "checkpoint", "another process has just begun this replay; the same command would take it over"
+                )
+            ((number,),) = rows
             await self._call(
                 _BEGIN_PARTITIONS,
                 group=self.own(number),
@@ -209,19 +220,45 @@ class Replays:
         """Note why a run has ended before its end, unless another has begun since."""
         await self._call(_FAILED, id=number, run=run, failed=sentence)
 
-    async def finish(self, number: int) -> tuple[int, int, int]:
-        """Note that a replay has ended, and forget its checkpoints; return rows, refused and skipped."""
-        async with postgres.transaction(self._conn):
-            rows = await self._call(_FINISHED, id=number, own=self.own(number))
-            await self._call(_FORGET_PARTITIONS, own=self.own(number))
-        ((written, refused, skipped),) = rows or [(0, 0, 0)]
-        return int(written), int(refused), int(skipped)
+    async def finish(self, number: int) -> Record:
+        """Note that a replay has ended; return its record."""
+        await self._call(_FINISHED, id=number)
+        return next(record for record in await self.listed() if record.id == number)
 
     async def forget(self, number: int) -> bool:
         """Forget a replay; whoever runs it is fenced. False if there is none."""
         async with postgres.transaction(self._conn):
             await self._call(_FORGET_PARTITIONS, own=self.own(number))
             return bool(await self._call(_FORGET, id=number, group=self._group))
+
+    async def earlier(
+        self,
+        number: int | None,
+        ranges: Mapping[TopicPartition, Range],
+        topics: Mapping[str, Topic],
+        targets: Mapping[str, str],
+        *,
+        only_later: bool,
+    ) -> tuple[str, TopicPartition] | None:
+        """Return a replay that has written, or is to write, some of these messages to the same table, and of which.
+
+        With `only_later` it is one that has written later ones. Its name is that of its checkpoints' group.
+        """
+        if not await self.are_kept():
+            return None
+        partitions = sorted(ranges)
+        rows = await self._call(
+            _EARLIER,
+            own="" if number is None else self.own(number),
+            topics=[p.topic for p in partitions],
+            partitions=[p.partition for p in partitions],
+            ids=[topics[p.topic].topic_id for p in partitions],
+            starts=[ranges[p].start for p in partitions],
+            ends=[ranges[p].end for p in partitions],
+            targets=[targets[p.topic] for p in partitions],
+            only_later=only_later,
+        )
+        return (rows[0][0], TopicPartition(*rows[0][1:])) if rows else None
 
     async def who_writes(self, target: str) -> str | None:
         """Return another group that writes to a table."""
