@@ -24,7 +24,7 @@ from tests.servers.sql import execute
 TIMEOUT = 60  # seconds for anything that a test waits for
 OK, FAILED, USAGE = 0, 1, 2
 INTO = ("--into", "copy", "--execute")
-PACE = ("--rate", "1000")
+PACE = ("--rate", "100")
 """Slow enough for whatever is to happen in the middle."""
 
 
@@ -121,10 +121,10 @@ def test_a_range_is_written_once(scene: Scene, admin: AdminClient) -> None:
 
 def test_a_killed_replay_goes_on(scene: Scene) -> None:
     """P2, P3: SIGKILL in the middle, then the same command: each record is there once, in its partition's order."""
-    scene.stream.produce(4_000)
+    scene.stream.produce(2_000)
     execute(scene.dsn, "ALTER TABLE copy ADD COLUMN at bigserial, ADD COLUMN part integer, ADD COLUMN source bigint")
     scene.configure(columns=COLUMNS | {"part": "@partition", "source": "@offset"})
-    running = scene.runs(*INTO, *PACE, count=500)
+    running = scene.runs(*INTO, *PACE, count=100)
     running.kill()
     before = rows(scene.dsn, "copy").total()
     (record,) = scene.records()
@@ -138,12 +138,12 @@ def test_a_killed_replay_goes_on(scene: Scene) -> None:
 
 
 def test_a_stopped_replay_goes_on_at_its_rate(scene: Scene) -> None:
-    """P9: SIGTERM ends it with status 1, all that it wrote on record; at 1,000/s it had not written more than that."""
-    scene.stream.produce(4_000)
+    """P9: SIGTERM ends it with status 1, all that it wrote on record; at 100/s it had not written more than that."""
+    scene.stream.produce(2_000)
     began = time.monotonic()
     running = scene.runs(*INTO, *PACE)
     assert FAILED == running.stop(TIMEOUT)
-    assert rows(scene.dsn, "copy").total() < 1_000 * (time.monotonic() - began) + 1_000
+    assert rows(scene.dsn, "copy").total() <= 100 * (time.monotonic() - began + 1)
     (record,) = scene.records()
     assert ("stopped by a signal", rows(scene.dsn, "copy").total()) == (record["failed"], record["rows"])
     assert scene.replay(*INTO)["goes_on"]
@@ -152,7 +152,7 @@ def test_a_stopped_replay_goes_on_at_its_rate(scene: Scene) -> None:
 
 def test_of_two_at_once_the_first_is_fenced(scene: Scene) -> None:
     """P2: whoever goes on with a replay takes all of it; the other writes nothing more, and says so."""
-    scene.stream.produce(4_000)
+    scene.stream.produce(2_000)
     first = scene.runs(*INTO, *PACE)
     assert scene.replay(*INTO)["goes_on"]
     assert FAILED == first.wait(TIMEOUT)
@@ -164,8 +164,8 @@ def test_of_two_at_once_the_first_is_fenced(scene: Scene) -> None:
 
 def test_a_forgotten_replay_writes_nothing_more(scene: Scene) -> None:
     """`--forget` is a dry run without --execute; whoever runs what is forgotten is fenced, and begins anew later."""
-    scene.stream.produce(4_000)
-    running = scene.runs(*INTO, "--rate", "100")
+    scene.stream.produce(2_000)
+    running = scene.runs(*INTO, *PACE)
     (record,) = scene.records("--forget", "1")
     assert [record["id"]] == [each["id"] for each in scene.records()]
     assert [] == scene.records("--forget", "1", "--execute")
@@ -222,7 +222,7 @@ def test_what_would_double_rows_or_undo_newer_ones_is_refused(scene: Scene) -> N
 def test_an_upsert_is_replayed_up_to_where_it_stands(scene: Scene, daemon: MakeDaemon) -> None:
     """Rule 26: without a guard a replay ends at the checkpoint, beside no member, and never behind a handler's back."""
     execute(scene.dsn, "ALTER TABLE events ADD PRIMARY KEY (grp)")
-    scene.stream.produce(3_000)
+    scene.stream.produce(2_000)
     keys = {"table": {"name": "events", "write": "upsert", "key": ["grp"]}}
     run = daemon({"events": scene.handler(**keys)}, {"postgres": {"dsn": scene.dsn}})
     scene.folder = run.config.parent
@@ -232,7 +232,7 @@ def test_an_upsert_is_replayed_up_to_where_it_stands(scene: Scene, daemon: MakeD
     scene.stream.produce(500)
     execute(scene.dsn, "TRUNCATE events")
     before = scene.replay("--execute")
-    assert 3_000 == before["passed"]
+    assert 2_000 == before["passed"]
     assert scene.stream.latest() != set(rows(scene.dsn, "events"))
     execute(scene.dsn, "TRUNCATE events")
     running = scene.runs("--execute", *PACE, table="events")
@@ -260,27 +260,27 @@ def test_a_gap_is_named_and_left_out_when_that_is_accepted(scene: Scene, admin: 
 
 def test_retention_that_overtakes_a_replay(scene: Scene, admin: AdminClient) -> None:
     """P7: a gap that opened since a replay began stops it too; with --accept-gap the same command goes on behind it."""
-    scene.stream.produce(4_000)
+    scene.stream.produce(2_000)
     scene.runs(*INTO, *PACE).kill()
-    (deleted,) = admin.delete_records([TopicPartition(scene.stream.topic, 1, 1_990)]).values()
+    (deleted,) = admin.delete_records([TopicPartition(scene.stream.topic, 1, 990)]).values()
     deleted.result(TIMEOUT)
     at = dict(execute(scene.dsn, "SELECT partition, next_offset FROM consumerd.replay_checkpoint"))[1]
-    assert f"offsets {at}..1989 are gone from the log; nothing" in scene.replay(*INTO, code=FAILED)["said"]
+    assert f"offsets {at}..989 are gone from the log; nothing" in scene.replay(*INTO, code=FAILED)["said"]
     assert scene.replay(*INTO, "--accept-gap")["goes_on"]
-    for offset in range(at, 1_990):
+    for offset in range(at, 990):
         scene.stream.sent.pop((1, offset))
     scene.check_copy()
 
 
 def test_a_topic_that_was_made_again_is_not_read(scene: Scene, admin: AdminClient, kafka: KafkaServer) -> None:
     """P7: the offsets of a replay that was interrupted are not those of another topic of the same name."""
-    scene.stream.produce(4_000)
+    scene.stream.produce(2_000)
     scene.runs(*INTO, *PACE).kill()
     (gone,) = admin.delete_topics([scene.stream.topic]).values()
     gone.result(TIMEOUT)
     wait_until(lambda: scene.stream.topic not in admin.list_topics().topics, TIMEOUT, "the topic's end")
     kafka.make_topic(scene.stream.topic, 2)
-    scene.stream.produce(4_000)
+    scene.stream.produce(2_000)
     before = rows(scene.dsn, "copy")
     assert "was deleted, and perhaps made again" in scene.replay(*INTO, code=FAILED)["said"]
     assert before == rows(scene.dsn, "copy")
@@ -328,9 +328,7 @@ def test_mistakes_are_told(scene: Scene) -> None:
     topic = scene.stream.topic
     for arguments, words in (
         (("--from", "yesterday"), "write a time with its zone"),
-        (("--last", "2h", "--from", f"{topic}:0@0"), "leave one out"),
         (("--from", f"{topic}:7@0"), f"{topic}:7 is not among what this handler reads"),
-        (("--to", f"{topic}:0@5"), f"{topic}:0 ends at 0"),
         (("--into", "a.b.c"), 'write "table" or "schema.table"'),
         (("--forget", "7", "--execute"), "has no such replay"),
     ):
