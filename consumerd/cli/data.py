@@ -82,6 +82,8 @@ def replay(
         records = complete(command.records(loaded, one), not_reached=EXIT_NOT_REACHED)
         for line in [told.listed(records)] if text else map(told.record_json, records):
             typer.echo(line)
+        if forget is not None and not execute:
+            typer.echo(f"Nothing was changed; --execute forgets replay {forget}.", err=True)
         return
     try:
         asked = ranges.parse(start or (), end or (), last, topics or (), now=dt.datetime.now(dt.UTC))
@@ -105,4 +107,5 @@ def replay(
     if result.halt:
         fail(result.halt, EXIT_FAILED)
     if result.stopped:
-        fail("stopped; the same command goes on", EXIT_FAILED if result.drained else EXIT_NOT_REACHED)
+        sentence = "stopped; the same command goes on" if execute else "stopped"
+        fail(sentence, EXIT_FAILED if result.drained else EXIT_NOT_REACHED)

@@ -57,8 +57,8 @@ class Wish:
 
     @property
     def text(self) -> str:
-        """What must be typed again to go on with this replay."""
-        return " ".join(filter(None, [self.asked.text, f"--into {self.into}" if self.into else ""])) or "everything"
+        """The range as its record has it."""
+        return self.asked.text or "everything"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

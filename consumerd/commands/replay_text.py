@@ -193,19 +193,20 @@ def _totals(record: Record) -> str:
 def _counted(result: Result) -> str:
     counts = result.counts
     there = f" ({counts.existing:,} of them there already)" if counts.existing else ""
-    return f"{counts.rows:,} rows{there}, {_of_reasons(counts.refused)} refused, {_of_reasons(counts.skipped)} skipped"
+    refused, skipped = _of_reasons("refused", counts.refused), _of_reasons("skipped", counts.skipped)
+    return f"{counts.rows:,} rows{there}, {refused}, {skipped}"
 
 
-def _of_reasons(counts: Mapping[str, int]) -> str:
-    """Return a count, with those of its parts behind it: `12 (missing 10, type 2)`."""
+def _of_reasons(what: str, counts: Mapping[str, int]) -> str:
+    """Return a count, with those of its parts behind it: `12 refused (missing 10, type 2)`."""
     parts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()) if count)
-    return f"{sum(counts.values()):,}{f' ({parts})' if parts else ''}"
+    return f"{sum(counts.values()):,} {what}{f' ({parts})' if parts else ''}"
 
 
 def _named(result: Result) -> list[str]:
     counts = result.counts
     lines = []
-    for partition, offset, refusal in counts.told[:NAMED]:
+    for partition, offset, refusal in sorted(counts.told, key=lambda each: each[:2])[:NAMED]:
         details = [f"column {refusal.column}"] if refusal.column else []
         details += [f"SQLSTATE {refusal.sqlstate}"] if refusal.sqlstate else []
         why = f"{refusal.reason}: {refusal.message}" + (f" ({', '.join(details)})" if details else "")

@@ -10,11 +10,14 @@ from typing import Any, cast
 import pytest
 
 from consumerd.brokers import Found
+from consumerd.checkpoint import Lease
 from consumerd.commands.ranges import Asked, chosen, parse, within
 from consumerd.commands.replay_text import CLEAR_LINE, Teller, duration
-from consumerd.errors import UsageError
-from consumerd.replay import Counts, Replay
+from consumerd.decide import Stored
+from consumerd.errors import Halt, UsageError
+from consumerd.replay import Counts, RangeAssignment, Replay
 from consumerd.replay_checkpoint import Range
+from consumerd.topics import Topic
 from consumerd.types import TopicPartition
 
 NOW = dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC)
@@ -150,3 +153,57 @@ def test_a_terminal_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
 def test_durations_are_told_in_words() -> None:
     """Seconds, minutes, hours."""
     assert ["59 s", "2 min 5 s", "3 h 20 min"] == [duration(seconds) for seconds in (59, 125, 12_000)]
+
+
+class Claimed:
+    """Checkpoints of which a claim finds these."""
+
+    mode = "postgres"
+
+    def __init__(self, stored: dict[TopicPartition, Stored]) -> None:
+        self._stored = stored
+
+    async def claim(self, *_: object) -> dict[TopicPartition, Stored]:
+        """Find them."""
+        return self._stored
+
+
+class Thread:
+    """Knows where the logs begin and end."""
+
+    async def found(self, partitions: list[TopicPartition]) -> dict[TopicPartition, Found]:
+        """Find committed offsets too, of the handler."""
+        return {partition: Found(bounds=(0, 9), committed=7, metadata=None) for partition in partitions}
+
+
+async def claim(stored: dict[TopicPartition, Stored]) -> dict[TopicPartition, Lease]:
+    """Claim a partition whose topic is `new`."""
+    assignment = RangeAssignment(
+        cast("Any", SimpleNamespace(bootstrap_servers="broker:9092")),
+        cast("Any", SimpleNamespace(name="orders", group_id="orders")),
+        topics={"a": Topic(name="a", partitions=2, topic_id="new")},
+        store="",
+        checkpoints=cast("Any", Claimed(stored)),
+        thread=cast("Any", Thread()),
+        on_commit=lambda: None,
+    )
+    assignment.assign([A0])
+    return await assignment.claim([A0], cast("Any", None))
+
+
+async def test_a_replay_goes_on_at_its_own_checkpoint() -> None:
+    """Whatever the handler has committed."""
+    leases = await claim({A0: Stored(epoch=3, next_offset=4, max_offset=4, topic_id="new", target="t")})
+    assert (3, 4) == (leases[A0].epoch, leases[A0].next_offset)
+
+
+async def test_a_replay_of_another_topic_halts() -> None:
+    """P7: one that was made again between the look and the claim, too."""
+    with pytest.raises(Halt, match="was deleted, and perhaps made again"):
+        await claim({A0: Stored(epoch=3, next_offset=4, max_offset=4, topic_id="old", target="t")})
+
+
+async def test_a_replay_without_its_checkpoint_halts() -> None:
+    """A replay that was forgotten claims nothing, and does not wait for ever."""
+    with pytest.raises(Halt, match="the checkpoint of this replay for a:0 is gone"):
+        await claim({})
