@@ -39,9 +39,10 @@ class Scene:
         """Return the handler; keys are added to its table, or replace others."""
         return handler(self.stream.topic, "events", write="append") | keys
 
-    def configure(self, **keys: Any) -> None:  # noqa: ANN401 - TOML
+    def configure(self, *, settings: dict[str, str] | None = None, **keys: Any) -> None:  # noqa: ANN401 - TOML
         """Write the files."""
-        config = {"kafka": {"bootstrap_servers": self.stream.bootstrap}, "postgres": {"dsn": self.dsn}}
+        postgres = {"dsn": self.dsn, "settings": settings or {}}
+        config = {"kafka": {"bootstrap_servers": self.stream.bootstrap}, "postgres": postgres}
         write_config(self.folder, config, {"events": self.handler(**keys)})
 
     def start(self, *arguments: str) -> Process:
@@ -322,6 +323,19 @@ def test_the_breaker_holds(scene: Scene) -> None:
         assert "over the limit of 5.0%" in scene.replay("--into", "copy", *more, code=FAILED)["said"]
     (record,) = scene.records()
     assert "over the limit" in record["failed"]
+
+
+def test_a_role_needs_what_setup_grants_and_its_table(scene: Scene, role: str) -> None:
+    """Without the tables it is told to have them made; with what `consumerd setup --sql` prints it replays."""
+    scene.stream.produce(100)
+    execute(scene.dsn, f"GRANT INSERT ON copy TO {role}")
+    scene.configure(settings={"role": role})
+    assert "run what `consumerd setup --sql` prints" in scene.replay(*INTO, code=FAILED)["said"]
+    printed = consumerd("setup", "--sql", cwd=scene.folder).stdout
+    execute(scene.dsn, printed.replace("-- GRANT", "GRANT").replace("TO loader;", f"TO {role};"))
+    scene.replay(*INTO)
+    scene.check_copy()
+    assert [] == scene.records("--forget", "1", "--execute")
 
 
 def test_mistakes_are_told(scene: Scene) -> None:
