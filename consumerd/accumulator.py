@@ -112,6 +112,11 @@ class Batch:
         return not self.lettered.issuperset(self.refused)
 
     @property
+    def rows(self) -> int:
+        """The rows that it becomes, as it was last packed."""
+        return len(self.messages) - len(self.refused) - self.skipped.total() + self.extra
+
+    @property
     def leader_epoch(self) -> int | None:
         """The epoch of the leader that served the last message."""
         return self.messages[-1].leader_epoch() if self.messages else None

@@ -66,9 +66,9 @@ _TRY = """\
 SELECT store, (SELECT count(*) FROM {schema}.checkpoint WHERE false) FROM {schema}.store"""
 
 _APPEAR = """\
-INSERT INTO {schema}.checkpoint (group_id, topic, partition, next_offset, target, mode)
+INSERT INTO {checkpoint} (group_id, topic, partition, next_offset, target, mode)
 SELECT %(group)s, t.topic, p, CASE WHEN EXISTS (
-           SELECT FROM {schema}.checkpoint c
+           SELECT FROM {checkpoint} c
            WHERE c.group_id = %(group)s AND (t.matched OR c.topic = t.topic)) THEN -2 END,
        t.target, 'postgres'
 FROM unnest(%(topics)s::text[], %(counts)s::int[], %(matched)s::bool[], %(targets)s::text[])
@@ -80,12 +80,12 @@ ON CONFLICT DO NOTHING"""
 _CLAIM = """\
 WITH locked AS (
     SELECT c.topic, c.partition, t.target
-    FROM {schema}.checkpoint c JOIN unnest(%(topics)s::text[], %(partitions)s::int[], %(targets)s::text[])
+    FROM {checkpoint} c JOIN unnest(%(topics)s::text[], %(partitions)s::int[], %(targets)s::text[])
         AS t (topic, partition, target) USING (topic, partition)
     WHERE c.group_id = %(group)s
     ORDER BY topic, partition FOR UPDATE OF c
 )
-UPDATE {schema}.checkpoint c SET epoch = c.epoch + 1, seen_at = now(),
+UPDATE {checkpoint} c SET epoch = c.epoch + 1, seen_at = now(),
     target = CASE WHEN c.next_offset >= 0 THEN c.target ELSE l.target END
 FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
 RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch,
@@ -93,11 +93,11 @@ RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch
 
 _OTHER_GROUP = """\
 SELECT c.group_id, c.topic, c.target
-FROM {schema}.checkpoint c JOIN unnest(%(topics)s::text[], %(ids)s::text[], %(targets)s::text[])
+FROM {checkpoint} c JOIN unnest(%(topics)s::text[], %(ids)s::text[], %(targets)s::text[])
     AS t (topic, id, target) USING (topic)
 WHERE c.target = t.target AND c.group_id <> %(group)s AND c.next_offset >= 0
   AND coalesce(c.topic_id = t.id, true)
-  AND NOT EXISTS (SELECT FROM {schema}.checkpoint m WHERE m.group_id = %(group)s)
+  AND NOT EXISTS (SELECT FROM {checkpoint} m WHERE m.group_id = %(group)s)
 LIMIT 1"""
 
 _ADVANCE = """\
@@ -106,11 +106,11 @@ WITH expected AS (
                          %(news)s::int8[], %(leaders)s::int[], %(judged)s::int8[], %(refused)s::int8[])
         AS e (topic, partition, epoch, old_offset, new_offset, leader_epoch, judged, refused)
 ), held AS (
-    SELECT e.* FROM {schema}.checkpoint c JOIN expected e USING (topic, partition)
+    SELECT e.* FROM {checkpoint} c JOIN expected e USING (topic, partition)
     WHERE c.group_id = %(group)s AND c.epoch = e.epoch AND c.next_offset = e.old_offset
     ORDER BY topic, partition FOR UPDATE OF c
 )
-UPDATE {schema}.checkpoint c
+UPDATE {checkpoint} c
 SET next_offset = h.new_offset, max_offset = greatest(c.max_offset, h.new_offset),
     leader_epoch = coalesce(h.leader_epoch, c.leader_epoch), seen_at = now(),
     judged_messages = h.judged, judged_refused = h.refused, judged_at = now()
@@ -118,7 +118,7 @@ FROM held h WHERE c.group_id = %(group)s AND c.topic = h.topic AND c.partition =
 RETURNING c.topic, c.partition"""
 
 _PLACE = """\
-UPDATE {schema}.checkpoint SET next_offset = %(offset)s,
+UPDATE {checkpoint} SET next_offset = %(offset)s,
     max_offset = CASE WHEN topic_id <> %(topic_id)s THEN %(offset)s ELSE coalesce(max_offset, %(offset)s) END,
     judged_messages = CASE WHEN %(forget)s THEN 0 ELSE judged_messages END,
     judged_refused = CASE WHEN %(forget)s THEN 0 ELSE judged_refused END,
@@ -127,12 +127,12 @@ WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s A
 RETURNING 1"""
 
 _LOOK = """\
-SELECT topic, partition, topic_id, next_offset, max_offset, epoch, target FROM {schema}.checkpoint
+SELECT topic, partition, topic_id, next_offset, max_offset, epoch, target FROM {checkpoint}
 WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
 _READ = """\
-SELECT topic, partition, epoch, next_offset FROM {schema}.checkpoint
+SELECT topic, partition, epoch, next_offset FROM {checkpoint}
 WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
@@ -165,6 +165,10 @@ class Move:
     new: int
     leader_epoch: int | None
     tally: Tally
+    rows: int
+    """What becomes of the messages in between: so many rows,"""
+    refused: int
+    skipped: int
 
 
 GRANTS = """\
@@ -210,11 +214,11 @@ class Checkpoints:
 
     mode: Mode = "postgres"
 
-    def __init__(self, schema: str, group: str, target: Callable[[str], str]) -> None:
+    def __init__(self, schema: str, group: str, target: Callable[[str], str], *, table: str = "checkpoint") -> None:
         self.group = group
         self.target = target
         """The table of a topic; nothing for one that is not known yet, of which nothing is claimed then."""
-        self._schema = sql.Identifier(schema)
+        self._names = {"schema": sql.Identifier(schema), "checkpoint": sql.Identifier(schema, table)}
         self._advance = self._sql(_ADVANCE)
 
     async def store(self, conn: AsyncConnection[Any]) -> str:
@@ -282,7 +286,7 @@ class Checkpoints:
         others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
         if others:
             ((other, topic, target),) = others
-            forget = f"DELETE FROM {self._schema.as_string()}.checkpoint WHERE group_id = '{other}'"  # noqa: S608
+            forget = f"DELETE FROM {self._names['checkpoint'].as_string()} WHERE group_id = '{other}'"  # noqa: S608
             raise Halt(
                 "checkpoint",
                 f"group {other} writes {topic} to {target} already, and group {self.group} has no "
@@ -348,7 +352,7 @@ class Checkpoints:
         }
 
     def _sql(self, text: LiteralString) -> sql.Composed:
-        return sql.SQL(text).format(schema=self._schema)
+        return sql.SQL(text).format(**self._names)
 
 
 class KafkaCheckpoints:

@@ -66,6 +66,10 @@ class ConfigError(ConsumerdError):
         self.problems = problems
 
 
+class UsageError(ConsumerdError):
+    """What was typed cannot be: exit 2."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """Why one message is not a row. Holds no value of the message, so it may go into headers, logs and metrics."""

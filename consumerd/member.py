@@ -86,10 +86,16 @@ TIMER_SLACK = 0.001
 class Member:
     """One handler, and all that belongs to it."""
 
+    on_trial = False
+    """Whether every write is rolled back."""
+    _progress_type = Progress
+    _assignment_type = Assignment
+    _reconciler_type = Reconciler
+
     def __init__(self, config: Config, handler: HandlerConfig, memory: int, accepted: Accepted | None = None) -> None:
         self.config = config
         self.handler = handler
-        self.progress = Progress(handler.name, leads_to(config.path))
+        self.progress = self._progress_type(handler.name, leads_to(config.path))
         self.accepted = accepted or Accepted()
         """What an operator has accepted of a halt of the member before this one."""
         self.pause = Pause(self)
@@ -98,7 +104,7 @@ class Member:
         self.transformer: Transformer | None = None
         self.tables = LiveTables(handler, self.connect)
         self.held_up = HeldUp(self)
-        self.reconciler = Reconciler(self)
+        self.reconciler = self._reconciler_type(self)
         self.checkpoints: Checkpoints | KafkaCheckpoints
         self._tails: dict[TopicPartition, float] = {}
         self._claiming: AsyncConnection[Any] | None = None
@@ -176,22 +182,14 @@ class Member:
             self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()
         try:
-            schema, group = self.config.postgres.schema_name, self.handler.group_id
-            if self.handler.checkpoint == "postgres":
-                await ensure_schema(conn, schema)
+            self.checkpoints = await self._open_checkpoints(conn)
             await self.tables.start(conn)
-            self.checkpoints = (
-                Checkpoints(schema, group, self.tables.target)
-                if self.handler.checkpoint == "postgres"
-                else KafkaCheckpoints(group, self.tables.target)
-            )
             store = await self.checkpoints.store(conn)
         finally:
             await conn.close()
-        settings = consumer_config(self.config.kafka, self.handler.group_id, self.budget.queue)
         self._writers = [Writer(self, f"writer {n}") for n in range(self.handler.max_connections)]
-        self._thread = ConsumerThread(settings, sorted(found), self, self.handler.name, self.budget.batch)
-        self.assignment = Assignment(
+        self._thread = self._new_thread(sorted(found))
+        self.assignment = self._assignment_type(
             self.config.kafka,
             self.handler,
             topics=found,
@@ -204,6 +202,22 @@ class Member:
         self._thread.start()
         self.recovered(MEMBER)
         asyncio.get_running_loop().call_later(JOIN_VISIBLE_AFTER, self._still_outside)
+
+    # What a replay has others of.
+
+    async def _open_checkpoints(self, conn: AsyncConnection[Any]) -> Checkpoints | KafkaCheckpoints:
+        if self.handler.checkpoint == "kafka":
+            return KafkaCheckpoints(self.handler.group_id, self.tables.target)
+        await ensure_schema(conn, self.config.postgres.schema_name)
+        return Checkpoints(self.config.postgres.schema_name, self.handler.group_id, self.tables.target)
+
+    def _new_thread(self, topics: Sequence[str]) -> ConsumerThread:
+        settings = consumer_config(self.config.kafka, self.handler.group_id, self.budget.queue)
+        return ConsumerThread(settings, topics, self, self.handler.name, self.budget.batch)
+
+    def outrun(self, partition: TopicPartition) -> None:
+        """Take note that another member has claimed a partition that is assigned here."""
+        self.assignment.claim_later(partition)
 
     def _letters_of_all(self) -> list[str]:
         return [handler.dead_letter.topic for handler in self.config.handlers]

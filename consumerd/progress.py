@@ -207,9 +207,8 @@ class Progress:
     def written(self, batch: Batch, seconds: float, existing: int = 0) -> int:
         """Count a committed batch; return how many of its rows are taken for those that existed already."""
         now = time.time()
-        rows = len(batch.messages) - len(batch.refused) - batch.skipped.total() + batch.extra
-        existing = min(existing, rows)
-        rows -= existing
+        existing = min(existing, batch.rows)
+        rows = batch.rows - existing
         self.totals.written += rows
         self.last_commit = now
         partition, messages = batch.partition, len(batch.messages)

@@ -97,7 +97,7 @@ class Reconciler:
         extra = {"handler": member.handler.name, "partition": str(partition)}
         if stand is not None and stand.epoch > lease.epoch:
             log.warning("fenced: another member claimed the partition", extra=extra)
-            assignment.claim_later(partition)
+            member.outrun(partition)
             return
         if stand is None or stand.epoch < lease.epoch or stand.next_offset is None or stand.next_offset < 0:
             log.warning("Postgres went back to before this member began: claiming again", extra=extra)

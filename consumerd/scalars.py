@@ -64,6 +64,11 @@ def seconds(value: object, info: ValidationInfo) -> float:
         if info.context is not None:
             raise ValueError('a number alone has no unit: write "5s" (units: ms s m h d)')
         return float(value)
+    return seconds_of(value)
+
+
+def seconds_of(value: object) -> float:
+    """Read a duration that has its unit."""
     match = re.fullmatch(r"([0-9]{1,15})(ms|s|m|h|d)", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError('must be a whole number and a unit (ms s m h d): write "5s"')

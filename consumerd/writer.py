@@ -175,7 +175,7 @@ class Writer:
         self.writing = True
         existing = 0
         try:
-            async with postgres.transaction(conn, *self._opening(work, mapping)) as answers:
+            async with postgres.transaction(conn, *self._opening(work, mapping), probe=member.on_trial) as answers:
                 _check(answers, work, mapping)
                 if data.rows:
                     existing = await mapping.sink.write(conn, data)
@@ -241,6 +241,9 @@ class Writer:
                 new=batch.next_offset,
                 leader_epoch=batch.leader_epoch,
                 tally=self._member.breaker.tally(batch.partition),
+                rows=batch.rows,
+                refused=len(batch.refused),
+                skipped=batch.skipped.total(),
             )
             for batch, lease in work
         ]

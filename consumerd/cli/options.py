@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 import uvloop
 
-from consumerd.errors import ConfigError, ConsumerdError, Outage
+from consumerd.errors import ConfigError, ConsumerdError, Outage, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -111,6 +111,8 @@ def complete(coroutine: Coroutine[Any, Any, T]) -> T:
         return uvloop.run(coroutine)
     except ConfigError as error:
         fail(str(error), EXIT_CONFIG)
+    except UsageError as error:
+        fail(str(error), EXIT_USAGE)
     except Outage as error:
         fail(str(error), EXIT_NOT_REACHED)
     except ConsumerdError as error:

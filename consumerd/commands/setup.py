@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
-from consumerd import postgres
-from consumerd.checkpoint import GRANTS, SCHEMA, ensure_schema
+from consumerd import postgres, replay_checkpoint
+from consumerd.checkpoint import GRANTS, SCHEMA
+from consumerd.commands.replays import Replays
 
 if TYPE_CHECKING:
     from consumerd.config import Config
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 def statements(config: Config) -> str:
     """Return the SQL, with the grants for a role that does not own the schema."""
     schema = sql.Identifier(config.postgres.schema_name)
-    made = sql.SQL(SCHEMA).format(schema=schema).as_string()
-    grants = sql.SQL(GRANTS).format(schema=schema, role=sql.SQL("loader")).as_string()
+    made = sql.SQL(SCHEMA + replay_checkpoint.SCHEMA).format(schema=schema).as_string()
+    grants = sql.SQL(GRANTS + replay_checkpoint.GRANTS).format(schema=schema, role=sql.SQL("loader")).as_string()
     commented = "".join(f"-- {line}\n" for line in grants.splitlines())
     return f"{made}-- For a role that is not the owner, here one of the name loader:\n{commented}"
 
@@ -26,6 +27,6 @@ async def make(config: Config) -> None:
     """Make what is missing; raises Outage or Halt."""
     conn = await postgres.connect(config.postgres, "consumerd/setup")
     try:
-        await ensure_schema(conn, config.postgres.schema_name)
+        await Replays(conn, config.postgres.schema_name, "").make()
     finally:
         await conn.close()

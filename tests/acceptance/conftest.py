@@ -1,7 +1,8 @@
 """Fixtures: what most tests of a daemon are made of, and chance that can be repeated."""
 
 import random
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.acceptance.outage import MakeScene, Scene
 from tests.acceptance.stream import Stream, make_table
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.kafka import KafkaServer
+from tests.servers.sql import execute
 
 
 @pytest.fixture
@@ -20,6 +22,15 @@ def dice() -> random.Random:
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # noqa: T201 - to repeat a failure
     return random.Random(seed)
+
+
+@pytest.fixture
+def role(database: str) -> Iterator[str]:
+    """Make a role that may do nothing, and forget it after."""
+    name = f"consumerd_test_{secrets.token_hex(4)}"
+    execute(database, f"CREATE ROLE {name}")
+    yield name
+    execute(database, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
 @pytest.fixture

@@ -4,9 +4,6 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
-
-import pytest
 
 from tests.acceptance.halts import (
     TIMEOUT,
@@ -26,15 +23,6 @@ from tests.servers.daemon import REPOSITORY
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 from tests.servers.sql import execute
-
-
-@pytest.fixture
-def role(database: str) -> Iterator[str]:
-    """Make a role that may do nothing, and forget it after."""
-    name = f"consumerd_test_{secrets.token_hex(4)}"
-    execute(database, f"CREATE ROLE {name}")
-    yield name
-    execute(database, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
 def test_a_mistake_halts_its_handler_alone_and_says_what_to_type(
