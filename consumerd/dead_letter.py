@@ -21,11 +21,12 @@ from consumerd.errors import Halt, Outage
 from consumerd.ways_on import Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from consumerd.accumulator import Batch
     from consumerd.config import HandlerConfig, KafkaConfig
     from consumerd.errors import Refusal
+    from consumerd.topics import Topic
     from consumerd.types import Message
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class DeadLetters:
         self._closed = False
         self.largest: int | None = None
         """Bytes that the topic must take, for who makes it again."""
+        self.sources: Mapping[str, Topic] = {}
+        """The topics that messages come from: an offset means another message once its topic was made again."""
         self._sending = asyncio.Lock()
 
     async def send(self, batch: Batch) -> None:
@@ -127,7 +130,7 @@ class DeadLetters:
                     self._topic,
                     value=message.value(),
                     key=message.key(),
-                    headers=headers(self._handler, batch, message, refusal),  # type: ignore[arg-type]
+                    headers=self._headers(batch, message, refusal),  # type: ignore[arg-type]
                     timestamp=timestamp if kind != ck.TIMESTAMP_NOT_AVAILABLE else 0,
                     on_delivery=delivered,
                 )
@@ -138,6 +141,10 @@ class DeadLetters:
                 # Callbacks run in poll() alone, on this thread: this comes before any of them.
                 batch.on_their_way.add(position)
                 return
+
+    def _headers(self, batch: Batch, message: Message, refusal: Refusal) -> Headers:
+        source = self.sources.get(batch.partition.topic)
+        return headers(self._handler, batch, message, refusal, None if source is None else source.topic_id)
 
     def _not_past(self, deadline: float) -> None:
         if time.monotonic() > deadline:
@@ -195,7 +202,9 @@ class DeadLetters:
         )
 
 
-def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Refusal) -> Headers:
+def headers(
+    handler: HandlerConfig, batch: Batch, message: Message, refusal: Refusal, topic_id: str | None = None
+) -> Headers:
     """Return the headers of a letter: the message's own, and Kafka Connect's names and ours in place of older ones."""
     own = [
         (name, value) for name, value in message.headers() or [] if not name.startswith((CONNECT_PREFIX, OUR_PREFIX))
@@ -211,6 +220,7 @@ def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Ref
         (f"{CONNECT_PREFIX}exception.class.name", refusal.error),
         (f"{CONNECT_PREFIX}exception.message", refusal.message),
         (f"{OUR_PREFIX}group", handler.group_id),
+        (f"{OUR_PREFIX}topic_id", topic_id),
         (f"{OUR_PREFIX}reason", refusal.reason),
         (f"{OUR_PREFIX}sqlstate", refusal.sqlstate),
         (f"{OUR_PREFIX}column", refusal.column),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from consumerd import __version__
-from consumerd.cli import running, setting_up
+from consumerd.cli import letters, running, setting_up
 
 app = typer.Typer(
     name="consumerd",
@@ -32,3 +32,4 @@ def _version(*, version: Annotated[bool, typer.Option("--version", help="Print t
 
 app.add_typer(running.app)
 app.add_typer(setting_up.app)
+app.add_typer(letters.app, name="dlq")

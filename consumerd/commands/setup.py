@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
-from consumerd import postgres
+from consumerd import letters, postgres
 from consumerd.checkpoint import GRANTS, SCHEMA, ensure_schema
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def statements(config: Config) -> str:
     """Return the SQL, with the grants for a role that does not own the schema."""
     schema = sql.Identifier(config.postgres.schema_name)
-    made = sql.SQL(SCHEMA).format(schema=schema).as_string()
-    grants = sql.SQL(GRANTS).format(schema=schema, role=sql.SQL("loader")).as_string()
+    made = sql.SQL(SCHEMA + letters.LETTERS).format(schema=schema).as_string()
+    grants = sql.SQL(GRANTS + letters.GRANTS).format(schema=schema, role=sql.SQL("loader")).as_string()
     commented = "".join(f"-- {line}\n" for line in grants.splitlines())
     return f"{made}-- For a role that is not the owner, here one of the name loader:\n{commented}"
 
@@ -27,5 +27,6 @@ async def make(config: Config) -> None:
     conn = await postgres.connect(config.postgres, "consumerd/setup")
     try:
         await ensure_schema(conn, config.postgres.schema_name)
+        await letters.ensure_letters(conn, config.postgres.schema_name)
     finally:
         await conn.close()
