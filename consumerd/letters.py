@@ -147,8 +147,7 @@ class Letters:
         self._group = group
         self.run = run
         self._who = who
-        self._guarded = guarded
-        """Whether there are checkpoints in Postgres that tell what the handler has behind it."""
+        # Whether there are checkpoints in Postgres that tell what the handler has behind it.
         settled = sql.SQL(_SETTLED).format(schema=self._schema) if guarded else sql.SQL("true")
         self._move = sql.SQL(_MOVE).format(schema=self._schema, settled=settled)
         self._move_any = sql.SQL(_MOVE).format(schema=self._schema, settled=sql.SQL("true"))
@@ -162,10 +161,8 @@ class Letters:
             states.setdefault(Place(topic, topic_id, partition), {})[offset] = State(*state)
         return states
 
-    async def checkpoints(self, conn: AsyncConnection[Any]) -> dict[tuple[str, int], tuple[str | None, int]] | None:
-        """Return topic id and offset of the group's checkpoints; None where none is in Postgres."""
-        if not self._guarded:
-            return None
+    async def checkpoints(self, conn: AsyncConnection[Any]) -> dict[tuple[str, int], tuple[str | None, int]]:
+        """Return topic id and offset of the group's checkpoints."""
         return {
             (topic, partition): (topic_id, next_offset or 0)
             for topic, partition, topic_id, next_offset in await self._call(conn, _CHECKPOINTS)
@@ -207,10 +204,14 @@ async def ensure_letters(conn: AsyncConnection[Any], schema: str) -> None:
     """Make the table in a schema that has none; raises Halt with what to type."""
     if await call(conn, _THERE, {"schema": schema}):
         return
+    name = sql.Identifier(schema)
     try:
         async with postgres.transaction(conn):
             await conn.execute("SELECT pg_advisory_xact_lock(hashtext('consumerd setup'))")
-            await conn.execute(sql.SQL(LETTERS).format(schema=sql.Identifier(schema)))
+            there = await conn.execute("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = %s", [schema])
+            if not there.rowcount:  # of a handler that keeps no checkpoint there; else its owner alone may say this
+                await conn.execute(sql.SQL("CREATE SCHEMA {}").format(name))
+            await conn.execute(sql.SQL(LETTERS).format(schema=name))
     except Halt as halt:
         raise Halt(
             "database",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from confluent_kafka import Producer
 
@@ -16,15 +17,17 @@ from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import REPOSITORY, Daemon, consumerd
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import Process, wait_until
-from tests.servers.sql import execute
+from tests.servers.sql import blocked, execute
 
 OK, FAILED, USAGE = 0, 1, 2
 PARTITIONS = 3
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, n integer NOT NULL CONSTRAINT small CHECK (n < 100))"
 MENDED = "ALTER TABLE t ALTER n DROP NOT NULL, DROP CONSTRAINT small"
-SLOW = """\
-CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END';
-CREATE TRIGGER slow AFTER INSERT ON t FOR EACH STATEMENT EXECUTE FUNCTION slow()"""
+TAKEN = """\
+INSERT INTO consumerd.letters (group_id, topic, topic_id, partition, source_offset, status, attempts, failed_at, run,
+                               changed_by)
+SELECT %s, %s, topic_id, partition, 0, 'failed', 2, now(), gen_random_uuid(), 'another' FROM consumerd.checkpoint
+WHERE partition = %s"""
 BAD: list[object] = [{"n": 100}, {"n": None}, {"n": "secret"}, {"id": 0, "n": 1}, b"{secret"]
 """Two that a mended table takes, and three that it does not."""
 
@@ -86,29 +89,102 @@ def scene(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemo
 
 
 def test_killed_in_the_middle(scene: Scene, tmp_path: Path) -> None:
-    """P1, P2: a redrive that is killed and run again has each mended letter's row once; the others have failed again."""
-    mended = []
+    """P1, P2: a redrive killed and run again has the row of each mended letter once; the others have failed again."""
+    mended, rounds = [], 8
     scene.send([{"n": 1}])
     for partition in range(PARTITIONS):
-        for _ in range(20):
+        for _ in range(rounds):
             ids = scene.send(BAD, partition)
             mended += ids[:2]
     scene.settles()
-    execute(scene.database, f"{MENDED}; {SLOW}")
-    command = [sys.executable, "-m", "consumerd", "dlq", "redrive", "t", "--execute"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = Process(command, tmp_path / "redrive.log", cwd=scene.run.config.parent, env=environment)
-    wait_until(lambda: len(scene.ids()) > 1, TIMEOUT, "the first rows")
-    process.kill()
-    before = len(scene.ids())
-    assert 1 < before < 1 + len(mended)
+    execute(scene.database, MENDED)
+    assert OK == consumerd("setup", cwd=scene.run.config.parent).returncode
+    with psycopg.connect(scene.database) as other:  # another redrive, of one letter of the last partition
+        other.execute(TAKEN.encode(), [scene.topic, scene.topic, PARTITIONS - 1])
+        command = [sys.executable, "-m", "consumerd", "dlq", "redrive", "t", "--execute"]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        process = Process(command, tmp_path / "redrive.log", cwd=scene.run.config.parent, env=environment)
+        wait_until(lambda: blocked(scene.database), TIMEOUT, "the letter that another has taken")
+        process.kill()
+        other.rollback()
+    before = scene.ids()
+    assert [0, *mended[: -2 * rounds]] == before
     (report,) = scene.lines("redrive", "--execute", code=FAILED)
     assert sorted([0, *mended]) == scene.ids()
-    states = dict(execute(scene.database, "SELECT status, count(*) FROM consumerd.letters GROUP BY status"))
-    assert {"redriven": len(mended), "failed": 3 * 20 * PARTITIONS} == states
-    attempts = {
-        row[0] for row in execute(scene.database, "SELECT attempts FROM consumerd.letters WHERE status = 'failed'")
-    }
-    assert {2, 3} == attempts
-    assert 1 + len(mended) - before == report["redriven"]
+    assert 2 * rounds == report["redriven"]
+    states = execute(
+        scene.database, "SELECT status, attempts, count(*) FROM consumerd.letters GROUP BY 1, 2 ORDER BY 1, 2"
+    )
+    again = 3 * rounds
+    assert [("failed", 2, again), ("failed", 3, 2 * again), ("redriven", 2, len(mended))] == states
+    reasons = {"missing", "type", "malformed", "rejected"}
     assert {("redriven", "missing"), ("redriven", "rejected")} <= scene.letters().keys()
+    assert reasons == {reason for _, reason in scene.letters()}
+
+
+def test_from_the_first_look_to_the_last(scene: Scene) -> None:
+    """Letters are counted by reason, shown without their values, exported with them, redriven, and discarded."""
+    scene.send([{"n": 1}])
+    scene.send([*BAD, *BAD])
+    scene.settles()
+    listed = scene.lines("list")
+    assert {("open", "rejected"): 2, ("open", "malformed"): 2, ("open", "missing"): 2, ("open", "type"): 2} == {
+        (each["status"], each["reason"]): each["letters"] for each in listed if "Unique" not in each["error"]
+    }
+    (unique,) = (each for each in listed if "Unique" in each["error"])
+    assert ("psycopg.errors.UniqueViolation", 2, 4, 9) == (
+        *(unique[name] for name in ("error", "letters")),
+        *(unique[end]["offset"] for end in ("first", "last")),
+    )
+    shown = scene.dlq("show", "-n", "3", "--error", "UniqueViolation").stdout
+    assert f"{scene.topic}:0@9  open\n  why         rejected: refused by Postgres: UniqueViolation" in shown
+    assert 2 == shown.count("constraint t_pkey")
+    assert "secret" not in shown
+    exported = scene.lines("export", "--reason", "malformed")
+    assert [("k5", "{secret"), ("k10", "{secret")] == [(each["key"], each["value"]) for each in exported]
+    execute(scene.database, MENDED)
+    dry = scene.dlq("redrive")
+    assert (OK, "Nothing was changed; --execute does it.\n") == (dry.returncode, dry.stderr)
+    assert "4 letters would be redriven (4 rows).\n" in dry.stdout
+    assert "2 would fail again: malformed, msgspec.DecodeError\n" in dry.stdout
+    done = scene.dlq("redrive", "--reason", "missing", "--reason", "malformed", "--execute")
+    assert (FAILED, "") == (done.returncode, done.stderr)
+    assert "2 letters redriven (2 rows).\n2 failed again: malformed, msgspec.DecodeError\n" == done.stdout
+    assert [0, 2, 7] == scene.ids()
+    assert "8 letters would be discarded.\n" == scene.dlq("discard").stdout
+    assert "2 letters discarded.\n" == scene.dlq("discard", "--status", "failed", "--execute").stdout
+    told = scene.dlq("list").stdout
+    assert "10 letters: 6 open, 2 redriven, 2 discarded." in told
+    assert ["discarded", "malformed", "msgspec.DecodeError", "2"] in [line.split()[:4] for line in told.splitlines()]
+
+
+def test_back_to_the_topic(scene: Scene) -> None:
+    """--to-topic sends messages back, for the daemon to read again: a letter that comes of one counts on."""
+    scene.send([{"n": 1}, *BAD])
+    scene.settles()
+    execute(scene.database, MENDED)
+    done = scene.dlq("redrive", "--to-topic", "--execute")
+    assert OK == done.returncode, done.stderr
+    assert "Whoever else reads the topics that they came from sees these messages again" in done.stderr
+    assert "5 letters redriven.\n" == done.stdout
+    scene.sent += 5
+    scene.settles()
+    assert [0, 1, 2] == scene.ids()
+    again = scene.lines("show", "--status", "open")
+    assert [(8, 2), (9, 2), (10, 2)] == sorted((each["source"]["offset"], each["attempts"]) for each in again)
+
+
+def test_mistakes(scene: Scene) -> None:
+    """What cannot be meant is one sentence each, and nothing is done."""
+    for arguments, sentence in [
+        (["list", "--status", "opened"], "--status opened: one of open, failed, redriven, discarded\n"),
+        (["redrive", "--status", "redriven"], "--status redriven: those are written already"),
+        (["redrive", "--topic", "x"], "--topic goes with --to-topic\n"),
+        (["redrive", "--to-topic", "--into", "x"], "--into is a table, and --to-topic sends to a topic: one of them\n"),
+        (["discard", "--source", "t:x"], "t:x: write TOPIC, TOPIC:PARTITION, "),
+        (["show", "--from", "soon"], "soon: write a time such as 2026-01-31T00:00:00Z\n"),
+    ]:
+        done = scene.dlq(arguments[0], *arguments[1:])
+        assert (USAGE, "") == (done.returncode, done.stdout)
+        assert sentence in done.stderr
+        assert 1 == len(done.stderr.splitlines())

@@ -93,8 +93,8 @@ class Straight:
             lacks = "has no `version`" if own.version is None else 'has tombstones = "delete"'
             raise Halt(
                 "table",
-                f"letters are older than what was written since, and the upsert into {own.name} {lacks}: one could undo "
-                f"a newer row of its key; redrive --into another table and merge that, or set `table.version`, or "
+                f"letters are older than what was written since, and the upsert into {own.name} {lacks}: one could "
+                f"undo a newer row of its key; redrive --into another table and merge that, or set `table.version`, or "
                 f"send them --to-topic, where they are the newest of their keys",
             )
 

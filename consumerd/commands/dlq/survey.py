@@ -46,10 +46,11 @@ class Source(NamedTuple):
 def source(text: str) -> Source:
     """Read `t`, `t:0`, `t:0@100` or `t:0@100-200`; raises ValueError."""
     match = SOURCE.fullmatch(text)
-    if match is None:
+    topic, *numbers = match.groups() if match else ("",)
+    found = Source(topic, *(None if number is None else int(number) for number in numbers))
+    if not topic or (found.last is not None and found.last < (found.first or 0)):
         raise ValueError(f"{text}: write TOPIC, TOPIC:PARTITION, TOPIC:PARTITION@OFFSET or TOPIC:PARTITION@FROM-TO")
-    topic, *numbers = match.groups()
-    return Source(topic, *(None if number is None else int(number) for number in numbers))
+    return found
 
 
 def moment(text: str) -> dt.datetime:
@@ -141,6 +142,7 @@ class Survey:
     """Messages of the topic that are no letters of this handler."""
     states: dict[Place, dict[int, State]] = field(default_factory=dict)
     checkpoints: dict[tuple[str, int], tuple[str | None, int]] | None = None
+    """Topic id and offset of the handler's checkpoints; None where it keeps none in Postgres."""
 
     def note(self, letter: Letter) -> None:
         """Take a letter in."""
@@ -191,9 +193,10 @@ async def survey(config: Config, handler: HandlerConfig, letters: Letters) -> tu
         found = await asyncio.to_thread(_read, topic, handler.group_id)
         conn = await postgres.connect(config.postgres, f"consumerd/dlq-{handler.name}")
         try:
-            if await schema_is_there(conn, config.postgres.schema_name):
-                found.states = await letters.read(conn)
-                found.checkpoints = await letters.checkpoints(conn)
+            found.states = await letters.read(conn)
+            if handler.checkpoint == "postgres":
+                there = await schema_is_there(conn, config.postgres.schema_name)
+                found.checkpoints = await letters.checkpoints(conn) if there else {}
         finally:
             await conn.close()
     except BaseException:

@@ -9,6 +9,7 @@ partition. Our headers are off, but for `consumerd.attempt`: should it fail agai
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from functools import partial
@@ -60,6 +61,8 @@ class ToTopic:
         self._schema, self._execute = config.postgres.schema_name, execute
         self._connect = partial(postgres.connect, config.postgres, f"consumerd/dlq-{handler.name}")
         self._conn: AsyncConnection[Any] | None = None
+        self._oldest: dict[str, float] = {}
+        """Ages in ms beyond which topics keep no message."""
         self._sending = Sending(
             {
                 **client_config(config.kafka),
@@ -76,7 +79,8 @@ class ToTopic:
         letters = {each.dead_letter.topic for each in self._config.handlers}
         if self._topic in letters:
             raise Halt("topic", f"{self._topic} is a dead-letter topic: name another with --topic")
-        await Topics(self._config.kafka).find([self._topic] if self._topic else topics, letters)
+        admin = Topics(self._config.kafka)
+        self._oldest = await admin.oldest(await admin.find([self._topic] if self._topic else topics, letters))
         if self._execute:
             await ensure_letters(await self._open(), self._schema)
 
@@ -99,10 +103,11 @@ class ToTopic:
 
     async def _step(self, batch: Batch, report: Report) -> Batch | None:
         """Send letters and move their rows; return those that are left."""
+        topic = self._topic or batch.partition.topic
+        self._refuse_expired(batch, topic)
         if not self._execute:
             report.note(batch, 0, Counter())
             return None
-        topic = self._topic or batch.partition.topic
         messages = [_produced(letter, topic) for letter in cast("list[Letter]", batch.messages)]
         conn = await self._open()
         try:
@@ -119,6 +124,20 @@ class ToTopic:
                 return left
         report.note(batch, 0, Counter())
         return None
+
+    def _refuse_expired(self, batch: Batch, topic: str) -> None:
+        """Halt before a message that brokers would delete at once, for its timestamp: it would be nowhere then."""
+        since = time.time() * 1000 - self._oldest.get(topic, math.inf)
+        for letter in batch.messages:
+            kind, timestamp = letter.timestamp()
+            if kind and timestamp < since:
+                raise Halt(
+                    "topic",
+                    f"{batch.partition}@{letter.offset()} is older than topic {topic} keeps messages (retention.ms): a "
+                    f"broker would delete it before it is read; redrive it straight, without --to-topic; or type: "
+                    f"kafka-configs --bootstrap-server {self._config.kafka.bootstrap_servers} --alter --topic {topic} "
+                    f"--add-config retention.ms=-1",
+                )
 
     def _meaning(self, error: KafkaError, topic: str) -> Outage | Halt:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
