@@ -17,7 +17,7 @@ from tests.servers.sql import execute
 TIMEOUT = 10  # seconds for one answer
 OK, FAILED, USAGE, CONFIG = 0, 1, 2, 78
 
-TABLES = [("checkpoint",), ("store",)]
+TABLES = [("checkpoint",), ("letters",), ("store",)]
 MADE = "SELECT tablename FROM pg_tables WHERE schemaname = '{}' ORDER BY 1"
 
 HANDLER: dict[str, Any] = {"topics": ["orders"], "table": {"name": "orders", "write": "append"}}

@@ -19,7 +19,7 @@ from tests.servers.kafka import KafkaServer
 from tests.servers.process import Process, wait_until
 from tests.servers.sql import blocked, execute
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED = 0, 1
 PARTITIONS = 3
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, n integer NOT NULL CONSTRAINT small CHECK (n < 100))"
 MENDED = "ALTER TABLE t ALTER n DROP NOT NULL, DROP CONSTRAINT small"
@@ -172,19 +172,3 @@ def test_back_to_the_topic(scene: Scene) -> None:
     assert [0, 1, 2] == scene.ids()
     again = scene.lines("show", "--status", "open")
     assert [(8, 2), (9, 2), (10, 2)] == sorted((each["source"]["offset"], each["attempts"]) for each in again)
-
-
-def test_mistakes(scene: Scene) -> None:
-    """What cannot be meant is one sentence each, and nothing is done."""
-    for arguments, sentence in [
-        (["list", "--status", "opened"], "--status opened: one of open, failed, redriven, discarded\n"),
-        (["redrive", "--status", "redriven"], "--status redriven: those are written already"),
-        (["redrive", "--topic", "x"], "--topic goes with --to-topic\n"),
-        (["redrive", "--to-topic", "--into", "x"], "--into is a table, and --to-topic sends to a topic: one of them\n"),
-        (["discard", "--source", "t:x"], "t:x: write TOPIC, TOPIC:PARTITION, "),
-        (["show", "--from", "soon"], "soon: write a time such as 2026-01-31T00:00:00Z\n"),
-    ]:
-        done = scene.dlq(arguments[0], *arguments[1:])
-        assert (USAGE, "") == (done.returncode, done.stdout)
-        assert sentence in done.stderr
-        assert 1 == len(done.stderr.splitlines())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 
-from consumerd.commands.dlq.survey import Filter, moment, source
+from consumerd.commands.dlq.survey import Filter, source
 from consumerd.commands.dlq.whole import Entry, each, last, line, text
 from consumerd.errors import Halt
 from tests.acceptance.stream import letters
@@ -116,17 +116,3 @@ async def test_no_dead_letter_topic(dlq: Dlq) -> None:
     for _ in range(2):
         with pytest.raises(Halt, match="dead-letter topic nowhere does not exist"):
             await dlq.standings()
-
-
-@pytest.mark.parametrize("given", ["", "t:", "t:0@", "t:0@1-", "t:x", "a b", "t:0@5-2"])
-def test_sources_that_are_none(given: str) -> None:
-    """What is no topic, partition or range is refused with what may be written."""
-    with pytest.raises(ValueError, match=r"write TOPIC, TOPIC:PARTITION"):
-        source(given)
-
-
-def test_times() -> None:
-    """A time with a zone is that time; a word is none."""
-    assert "2026-01-31T00:00:00+00:00" == moment("2026-01-31T01:00:00+01:00").isoformat()
-    with pytest.raises(ValueError, match="soon: write a time such as"):
-        moment("soon")

@@ -7,7 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
+from consumerd import checkpoint, letters
 from consumerd.commands.dlq.discard import discard
 from consumerd.commands.dlq.redrive import Report, Waits, batch_of
 from consumerd.commands.dlq.straight import Straight
@@ -293,6 +296,28 @@ async def test_at_least_once(dlq: Dlq) -> None:
     assert 1 == (await dlq.redrive()).redriven
     assert {0: ("redriven", 2)} == await dlq.statuses()
     assert [(0, 0)] == dlq.rows()
+
+
+async def test_a_role_with_the_grants_alone(dlq: Dlq) -> None:
+    """A role that may not make the table is told who may, and needs no more than the printed grants."""
+    await dlq.start()
+    dlq.write(0, row(0))
+    role = f"loader_{dlq.topic.rpartition('-')[2]}"
+    execute(dlq.database, f"CREATE ROLE {role} LOGIN; GRANT INSERT ON t TO {role}")
+    owner, names = dlq.database, {"schema": sql.SQL("consumerd"), "role": sql.SQL(role)}
+    try:
+        execute(owner, sql.SQL(checkpoint.GRANTS).format(**names).as_string())
+        dlq.database = make_conninfo(owner, user=role)
+        dlq.configure()
+        with pytest.raises(Halt, match=r"cannot make table consumerd.letters: .*`consumerd setup --sql`"):
+            await dlq.redrive()
+        dlq.database = owner
+        execute(owner, sql.SQL(letters.LETTERS + letters.GRANTS).format(**names).as_string())
+        assert 1 == (await dlq.redrive()).redriven
+        assert {0: ("redriven", 2)} == await dlq.statuses()
+        assert [(0, 0)] == dlq.rows()
+    finally:
+        execute(owner, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_no_checkpoint_is_behind_nothing(dlq: Dlq) -> None:

@@ -149,6 +149,12 @@ def test_what_is_not_known_is_left_out() -> None:
     assert found[f"{CONNECT}stage"] == b"VALUE_CONVERTER"
 
 
+def test_the_topic_is_told_from_its_namesakes() -> None:
+    """P1: where the source topic's id is known it is in the letter: it may be made again, with other messages."""
+    found = dict(headers(HANDLER, batch(Fake()), Fake(), REFUSAL, "4Pd0wj8nT"))
+    assert b"4Pd0wj8nT" == found["consumerd.topic_id"]
+
+
 def test_own_headers_stay() -> None:
     """The message's own headers come first, in order, byte for byte, repeated and without value too."""
     own: Given = [("trace", b"\xff\x00"), ("x", None), ("x", b""), ("trace", b"2"), ("consumerdx", b"own")]
