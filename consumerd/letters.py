@@ -3,11 +3,14 @@
 A letter is its message: group, source topic (and its id, where that is known), partition, offset. Letters that were
 written twice for one message are one. The daemon writes no row here: a letter without one is open.
 
-A row moves by compare-and-set on its attempts and status, as the first statement of the transaction that does what it
+A row moves by compare-and-set on its status and attempts, as the first statement of the transaction that does what it
 says: of two redrives at once one finds that its letters were taken, and a transaction whose COMMIT was not answered is
 known by its run. A letter that the handler may read again (its checkpoint is not behind it: the handler crashed between
-letter and checkpoint) is not taken. One that was written after its row (an operator set the offsets back, and the
-message failed again) is open again: `failed_at` is the newest letter's that the row speaks of.
+letter and checkpoint) is not taken.
+
+A letter that was written after its row moved is open again: an operator has set the offsets back, and the message
+failed once more. Letters carry the epoch under which they were written, a row that of the checkpoint as it moved. By
+time alone the late letter of a member that was stopped, and has long lost its partition, would be a new one.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ CREATE TABLE IF NOT EXISTS {schema}.letters (
     source_offset bigint NOT NULL,
     status text NOT NULL CHECK (status IN ('failed', 'redriven', 'discarded')),
     attempts integer NOT NULL,
+    epoch bigint NOT NULL,
     failed_at timestamptz NOT NULL,
     reason text,
     error text,
@@ -63,7 +67,7 @@ SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.
 WHERE n.nspname = %(schema)s AND c.relname = 'letters'"""
 
 _READ = """\
-SELECT topic, topic_id, partition, source_offset, status, attempts, failed_at, reason, error, message, sqlstate,
+SELECT topic, topic_id, partition, source_offset, status, attempts, epoch, failed_at, reason, error, message, sqlstate,
     column_name, target, run::text, changed_by, changed_at
 FROM {schema}.letters WHERE group_id = %(group)s"""
 
@@ -71,25 +75,30 @@ _CHECKPOINTS = """\
 SELECT topic, partition, topic_id, next_offset FROM {schema}.checkpoint WHERE group_id = %(group)s"""
 
 _MOVE = """\
-INSERT INTO {schema}.letters AS l (group_id, topic, topic_id, partition, source_offset, status, attempts, failed_at,
-    reason, error, message, sqlstate, column_name, target, run, changed_by)
-SELECT %(group)s, w.topic, w.topic_id, w.partition, w.source_offset, w.status, w.attempts, w.failed_at,
-    w.reason, w.error, w.message, w.sqlstate, w.column_name, %(target)s, %(run)s, %(who)s
+INSERT INTO {schema}.letters AS l (group_id, topic, topic_id, partition, source_offset, status, attempts, epoch,
+    failed_at, reason, error, message, sqlstate, column_name, target, run, changed_by)
+SELECT %(group)s, w.topic, w.topic_id, w.partition, w.source_offset, w.status, w.attempts, greatest(w.epoch, {epoch}),
+    w.failed_at, w.reason, w.error, w.message, w.sqlstate, w.column_name, %(target)s, %(run)s, %(who)s
 FROM unnest(%(topics)s::text[], %(ids)s::text[], %(partitions)s::int[], %(offsets)s::int8[], %(statuses)s::text[],
-            %(attempts)s::int[], %(failed_at)s::timestamptz[], %(reasons)s::text[], %(errors)s::text[],
-            %(messages)s::text[], %(sqlstates)s::text[], %(columns)s::text[])
-         AS w (topic, topic_id, partition, source_offset, status, attempts, failed_at, reason, error, message,
+            %(attempts)s::int[], %(epochs)s::int8[], %(failed_at)s::timestamptz[], %(reasons)s::text[],
+            %(errors)s::text[], %(messages)s::text[], %(sqlstates)s::text[], %(columns)s::text[])
+         AS w (topic, topic_id, partition, source_offset, status, attempts, epoch, failed_at, reason, error, message,
                sqlstate, column_name)
 WHERE {settled}
 ORDER BY w.topic, w.topic_id, w.partition, w.source_offset
 ON CONFLICT (group_id, topic, topic_id, partition, source_offset) DO UPDATE
-SET status = excluded.status, attempts = excluded.attempts, failed_at = excluded.failed_at, reason = excluded.reason,
-    error = excluded.error, message = excluded.message, sqlstate = excluded.sqlstate,
+SET status = excluded.status, attempts = excluded.attempts, epoch = excluded.epoch, failed_at = excluded.failed_at,
+    reason = excluded.reason, error = excluded.error, message = excluded.message, sqlstate = excluded.sqlstate,
     column_name = excluded.column_name, target = excluded.target, run = excluded.run,
     changed_by = excluded.changed_by, changed_at = now()
-WHERE l.attempts = excluded.attempts - %(tries)s
-  AND (l.status = ANY (%(takes)s) OR l.failed_at < excluded.failed_at)
+WHERE (l.topic, l.topic_id, l.partition, l.source_offset, l.status, l.attempts) IN (
+    SELECT * FROM unnest(%(topics)s::text[], %(ids)s::text[], %(partitions)s::int[], %(offsets)s::int8[],
+                         %(was)s::text[], %(tried)s::int[]))
 RETURNING topic, topic_id, partition, source_offset"""
+
+_EPOCH = """\
+coalesce((SELECT c.epoch FROM {schema}.checkpoint c
+          WHERE c.group_id = %(group)s AND c.topic = w.topic AND c.partition = w.partition), 0)"""
 
 _SETTLED = """\
 EXISTS (SELECT FROM {schema}.checkpoint c
@@ -112,6 +121,8 @@ class State(NamedTuple):
     status: Status
     attempts: int
     """Times that its message was tried, by the handler and since."""
+    epoch: int
+    """The checkpoint's, when the row moved."""
     failed_at: dt.datetime
     reason: str | None
     """Why it failed again; that, and what follows, of a letter that did."""
@@ -132,10 +143,20 @@ class Change:
 
     place: Place
     offset: int
+    was: Status
+    """The status of its row, as it was read; `open` where it had none."""
+    tried: int
+    """Times that its message was tried by then."""
     status: Status
-    attempts: int
+    epoch: int
+    """Under which the letter was written. A database that was restored may have an older one."""
     failed_at: dt.datetime
     refusal: Refusal | None = None
+
+    @property
+    def attempts(self) -> int:
+        """Times that it was tried with this: to discard is no try."""
+        return self.tried + (self.status != "discarded")
 
 
 class Letters:
@@ -148,9 +169,10 @@ class Letters:
         self.run = run
         self._who = who
         # Whether there are checkpoints in Postgres that tell what the handler has behind it.
-        settled = sql.SQL(_SETTLED).format(schema=self._schema) if guarded else sql.SQL("true")
-        self._move = sql.SQL(_MOVE).format(schema=self._schema, settled=settled)
-        self._move_any = sql.SQL(_MOVE).format(schema=self._schema, settled=sql.SQL("true"))
+        settled, epoch = (_SETTLED, _EPOCH) if guarded else ("true", "0")
+        names = {"schema": self._schema, "epoch": sql.SQL(epoch).format(schema=self._schema)}
+        self._move = sql.SQL(_MOVE).format(**names, settled=sql.SQL(settled).format(schema=self._schema))
+        self._discard = sql.SQL(_MOVE).format(**names, settled=sql.SQL("true"))
 
     async def read(self, conn: AsyncConnection[Any]) -> dict[Place, dict[int, State]]:
         """Return the rows that there are."""
@@ -168,14 +190,14 @@ class Letters:
             for topic, partition, topic_id, next_offset in await self._call(conn, _CHECKPOINTS)
         }
 
-    def move(self, changes: Sequence[Change], *, takes: Sequence[Status], target: str | None) -> Statement:
-        """Return what moves letters, in the order of their keys; it answers with a row for each that it has moved.
+    def move(self, changes: Sequence[Change], target: str | None) -> Statement:
+        """Return what moves letters, in the order of their keys; it answers with a row for each that stood as read.
 
-        `takes` are the statuses that may be left. A change that is no try (to discard) leaves the attempts as they are.
+        To discard a letter takes no checkpoint behind it.
         """
-        tries = 0 if all(change.status == "discarded" for change in changes) else 1
         refusals = [change.refusal for change in changes]
-        return self._move if tries else self._move_any, {
+        discards = all(change.status == "discarded" for change in changes)
+        return self._discard if discards else self._move, {
             "group": self._group,
             "topics": [change.place.topic for change in changes],
             "ids": [change.place.topic_id for change in changes],
@@ -183,14 +205,15 @@ class Letters:
             "offsets": [change.offset for change in changes],
             "statuses": [change.status for change in changes],
             "attempts": [change.attempts for change in changes],
+            "epochs": [change.epoch for change in changes],
             "failed_at": [change.failed_at for change in changes],
             "reasons": [refusal and refusal.reason for refusal in refusals],
             "errors": [refusal and refusal.error for refusal in refusals],
             "messages": [refusal and refusal.message for refusal in refusals],
             "sqlstates": [refusal and refusal.sqlstate for refusal in refusals],
             "columns": [refusal and refusal.column for refusal in refusals],
-            "tries": tries,
-            "takes": list(takes),
+            "was": [change.was for change in changes],
+            "tried": [change.tried for change in changes],
             "target": target,
             "run": self.run,
             "who": self._who,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from consumerd.commands.dlq.redrive import Waits, Way
-    from consumerd.commands.dlq.survey import Filter, Standing
+    from consumerd.commands.dlq.survey import Filter
     from consumerd.config import Config, HandlerConfig
     from consumerd.letters import Letters, Status
 
@@ -94,9 +94,8 @@ def _movable(statuses: list[str] | None, verb: str) -> tuple[Status, ...]:
 def _letters(config: Config, handler: HandlerConfig) -> Letters:
     from consumerd.letters import Letters  # noqa: PLC0415 - what only `dlq` needs
 
-    who = f"{os.environ.get('SUDO_USER') or getpass.getuser()}@{socket.gethostname()}"
     guarded = handler.checkpoint == "postgres"
-    return Letters(config.postgres.schema_name, handler.group_id, run=str(uuid.uuid4()), who=who, guarded=guarded)
+    return Letters(config.postgres.schema_name, handler.group_id, run=str(uuid.uuid4()), who=_who(), guarded=guarded)
 
 
 @app.command("list")
@@ -231,9 +230,9 @@ def redrive(
     way: Callable[[Waits], Way]
     if to_topic:
         typer.echo(WARNING.format(topic=topic or "the topics that they came from"), err=True)
-        way = partial(ToTopic, loaded, one, letters, takes, topic=topic, execute=execute)
+        way = partial(ToTopic, loaded, one, letters, topic=topic, execute=execute)
     else:
-        way = partial(Straight, loaded, one, letters, takes, into=into, execute=execute)
+        way = partial(Straight, loaded, one, letters, into=into, execute=execute)
 
     report = complete(run(loaded, one, letters, which, way))
     told = report.line(execute=execute) if output is Output.json else report.text(execute=execute, rows=not to_topic)
@@ -265,19 +264,20 @@ def discard(
     loaded = load(config, properties, log_level)
     one = chosen(loaded, handler)
     from consumerd.commands.dlq.discard import discard as run  # noqa: PLC0415 - what only `dlq` needs
-    from consumerd.commands.dlq.listing import groups  # noqa: PLC0415
 
-    wanted, moved = complete(run(loaded, one, _letters(loaded, one), which, takes, execute=execute))
-    text = _discarded(wanted, moved, execute=execute)
-    told = [group.line() for group in groups(wanted)] if output is Output.json else [text]
-    for line in told:
-        typer.echo(line)
+    found, moved = complete(run(loaded, one, _letters(loaded, one), which, execute=execute))
+    if output is Output.json:
+        typer.echo(f'{{"executed":{str(execute).lower()},"letters":{len(found)},"discarded":{moved}}}')
+    else:
+        taken = f" {len(found) - moved} were taken by another run meanwhile." if moved < len(found) else ""
+        typer.echo(f"{moved} letters discarded.{taken}" if execute else f"{len(found)} letters would be discarded.")
     if not execute:
         typer.echo("Nothing was changed; --execute does it.", err=True)
 
 
-def _discarded(wanted: Sequence[Standing], moved: int, *, execute: bool) -> str:
-    if not execute:
-        return f"{len(wanted)} letters would be discarded."
-    taken = len(wanted) - moved
-    return f"{moved} letters discarded." + (f" {taken} were taken by another run meanwhile." if taken else "")
+def _who() -> str:
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # an id without a name, in a container
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"

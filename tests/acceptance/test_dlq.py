@@ -24,9 +24,9 @@ PARTITIONS = 3
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, n integer NOT NULL CONSTRAINT small CHECK (n < 100))"
 MENDED = "ALTER TABLE t ALTER n DROP NOT NULL, DROP CONSTRAINT small"
 TAKEN = """\
-INSERT INTO consumerd.letters (group_id, topic, topic_id, partition, source_offset, status, attempts, failed_at, run,
-                               changed_by)
-SELECT %s, %s, topic_id, partition, 0, 'failed', 2, now(), gen_random_uuid(), 'another' FROM consumerd.checkpoint
+INSERT INTO consumerd.letters (group_id, topic, topic_id, partition, source_offset, status, attempts, epoch, failed_at,
+                               run, changed_by)
+SELECT %s, %s, topic_id, partition, 0, 'failed', 2, 1, now(), gen_random_uuid(), 'another' FROM consumerd.checkpoint
 WHERE partition = %s"""
 BAD: list[object] = [{"n": 100}, {"n": None}, {"n": "secret"}, {"id": 0, "n": 1}, b"{secret"]
 """Two that a mended table takes, and three that it does not."""

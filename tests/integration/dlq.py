@@ -128,6 +128,7 @@ class Dlq:
         failed_at: dt.datetime = LONG_AGO,
         topic_id: str | None = "id",
         partition: int = 0,
+        epoch: int = 0,
     ) -> None:
         """Write a letter."""
         data = value if isinstance(value, bytes | None) else json.dumps(value).encode()
@@ -141,7 +142,7 @@ class Dlq:
             reason="age",
             gathered_since=0.0,
         )
-        given: Any = dict(headers(self.handler, batch, message, refusal, topic_id))
+        given: Any = dict(headers(self.handler, batch, message, refusal, topic_id=topic_id, epoch=epoch))
         given["consumerd.failed_at"] = failed_at.isoformat().encode()
         kept = [*message.own, *((name, value) for name, value in given.items() if name != "trace")]
         self.producer.produce(self.letters, data, message.name, headers=kept, timestamp=message.timestamp()[1])
@@ -157,13 +158,13 @@ class Dlq:
     ) -> Report:
         """Redrive letters through the handler."""
         state = self.state(run)
-        way = partial(Straight, self.config, self.handler, state, OPEN, into=into, execute=execute)
+        way = partial(Straight, self.config, self.handler, state, into=into, execute=execute)
         return await redrive(self.config, self.handler, state, which or Filter(statuses=frozenset(OPEN)), way)
 
     async def to_topic(self, topic: str | None = None, *, run: int = 0, which: Filter | None = None) -> Report:
         """Send letters to a topic."""
         state = self.state(run)
-        way = partial(ToTopic, self.config, self.handler, state, OPEN, topic=topic, execute=True)
+        way = partial(ToTopic, self.config, self.handler, state, topic=topic, execute=True)
         return await redrive(self.config, self.handler, state, which or Filter(statuses=frozenset(OPEN)), way)
 
     async def standings(self, which: Filter | None = None) -> list[Standing]:

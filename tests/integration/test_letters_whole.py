@@ -62,7 +62,7 @@ async def test_show_prints_no_value_unasked(dlq: Dlq) -> None:
     head, why, *_ = text(found[1]).splitlines()
     assert f"{dlq.topic}:0@3  failed" == head
     assert "type: Expected `int` (column n)" in why
-    assert "failed into" in text(found[1])
+    assert "failed again 20" in text(found[1])
     assert "malformed: the message's value is empty" in text(found[1])
 
 

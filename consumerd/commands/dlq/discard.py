@@ -10,18 +10,16 @@ from consumerd.commands.dlq.survey import survey
 from consumerd.letters import Change, ensure_letters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from consumerd.commands.dlq.survey import Filter, Standing
     from consumerd.config import Config, HandlerConfig
-    from consumerd.letters import Letters, Status
+    from consumerd.letters import Letters
 
 AT_ONCE = 10_000
 """Letters of one transaction."""
 
 
 async def discard(
-    config: Config, handler: HandlerConfig, letters: Letters, which: Filter, takes: Sequence[Status], *, execute: bool
+    config: Config, handler: HandlerConfig, letters: Letters, which: Filter, *, execute: bool
 ) -> tuple[list[Standing], int]:
     """Return the letters that a filter takes, and how many of them are discarded now; raises Outage, Halt."""
     found, topic = await survey(config, handler, letters)
@@ -39,13 +37,15 @@ async def discard(
                 Change(
                     place=letter.place,
                     offset=letter.offset,
+                    was="open" if letter.state is None else letter.state.status,
+                    tried=letter.attempts,
                     status="discarded",
-                    attempts=letter.attempts,
+                    epoch=letter.noted.epoch,
                     failed_at=letter.failed_at,
                 )
                 for letter in some
             ]
-            async with postgres.transaction(conn, letters.move(changes, takes=takes, target=None)) as answers:
+            async with postgres.transaction(conn, letters.move(changes, None)) as answers:
                 moved += len(answers[0])
     finally:
         await conn.close()

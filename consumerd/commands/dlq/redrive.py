@@ -33,15 +33,13 @@ if TYPE_CHECKING:
     from consumerd.commands.dlq.survey import Filter, Standing
     from consumerd.commands.dlq.topic import Letter
     from consumerd.config import Config, HandlerConfig, RetryConfig
-    from consumerd.letters import Letters, Status
+    from consumerd.letters import Letters
     from consumerd.postgres import Statement
 
 log = logging.getLogger(__name__)
 
 TOGETHER = 1000
 """Letters that are held at once: most may fail again, and each that does costs statements."""
-TAKES: tuple[Status, ...] = ("open", "failed")
-"""The statuses of letters that are redriven unless a filter names others."""
 
 
 class Taken(ConsumerdError):  # noqa: N818 - as those of `consumerd.errors`
@@ -231,6 +229,7 @@ async def _run(
                 continue
             for letter, standing in some:
                 letter.tried = standing.attempts
+                letter.was = "open" if standing.state is None else standing.state.status
                 held.setdefault(letter.place, []).append(letter)
             full = sum(map(len, held.values())) >= TOGETHER
             if full or not some or sum(len(letter) for of in held.values() for letter in of) >= most_bytes:
@@ -260,7 +259,7 @@ def batch_of(letters: list[Letter]) -> Batch:
     )
 
 
-def claim(letters: Letters, batch: Batch, takes: Sequence[Status], target: str) -> Statement:
+def claim(letters: Letters, batch: Batch, target: str) -> Statement:
     """Return what moves the letters of a batch to what is known of them: redriven, or failed again."""
     return letters.move(
         [
@@ -268,14 +267,15 @@ def claim(letters: Letters, batch: Batch, takes: Sequence[Status], target: str) 
                 place=letter.place,
                 offset=letter.offset(),
                 status="failed" if position in batch.refused else "redriven",
-                attempts=letter.tried + 1,
+                was=letter.was,
+                tried=letter.tried,
+                epoch=letter.epoch,
                 failed_at=letter.failed_at,
                 refusal=batch.refused.get(position),
             )
             for position, letter in enumerate(_letters(batch))
         ],
-        takes=takes,
-        target=target,
+        target,
     )
 
 

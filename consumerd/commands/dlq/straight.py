@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from consumerd.accumulator import Batch
     from consumerd.commands.dlq.redrive import Report, Waits
     from consumerd.config import Config, HandlerConfig
-    from consumerd.letters import Letters, Status
+    from consumerd.letters import Letters
     from consumerd.live_table import Mapping
     from consumerd.postgres import Statement
 
@@ -44,7 +44,6 @@ class Straight:
         config: Config,
         handler: HandlerConfig,
         letters: Letters,
-        takes: Sequence[Status],
         waits: Waits,
         *,
         into: str | None,
@@ -53,7 +52,7 @@ class Straight:
         self._own, self._into = handler.table, into
         if into is not None:
             handler = handler.model_copy(update={"table": handler.table.model_copy(update={"name": into})})
-        self._handler, self._letters, self._takes, self._waits = handler, letters, takes, waits
+        self._handler, self._letters, self._waits = handler, letters, waits
         self._execute, self._schema = execute, config.postgres.schema_name
         self._connect = partial(postgres.connect, config.postgres, f"consumerd/dlq-{handler.name}")
         self._conn: AsyncConnection[Any] | None = None
@@ -183,7 +182,7 @@ class Straight:
     def _opening(self, batch: Batch, mapping: Mapping) -> list[Statement]:
         """Return what moves the letters, first of all, and what tells whether the table is as it was read."""
         held: list[Statement] = [(mapping.table.lock, None), (fingerprint_query(mapping.table.name), None)]
-        return [claim(self._letters, batch, self._takes, mapping.table.identifier), *held] if self._execute else held
+        return [claim(self._letters, batch, mapping.table.identifier), *held] if self._execute else held
 
     def _check(self, answers: Sequence[Sequence[tuple[Any, ...]]], batch: Batch, mapping: Mapping) -> None:
         """Look at what the opening statements said; raises Taken, TableChanged."""

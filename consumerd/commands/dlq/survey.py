@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import logging
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from consumerd.config import Config, HandlerConfig
     from consumerd.letters import Letters, Place, State, Status
 
+log = logging.getLogger(__name__)
+
+LOG_INTERVAL = 10.0
+"""Seconds between two lines in the log."""
 SOURCE = re.compile(r"([A-Za-z0-9._-]+?)(?::(\d+)(?:@(\d+)(?:(?:-|\.\.)(\d+))?)?)?")
 
 
@@ -88,6 +94,7 @@ class Filter:
 class Noted(NamedTuple):
     """What is kept of a letter: the newest that was written for its message."""
 
+    epoch: int
     failed_at: dt.datetime
     attempt: int
     why: Why
@@ -102,6 +109,8 @@ class Standing(NamedTuple):
     state: State | None
     settled: bool
     """The handler has it behind it."""
+    anew: bool
+    """It was written after its row: its message has failed once more."""
 
     @property
     def failed_at(self) -> dt.datetime:
@@ -110,8 +119,8 @@ class Standing(NamedTuple):
 
     @property
     def status(self) -> Status:
-        """What has become of it. What was written after its row speaks of a message that failed once more."""
-        return "open" if self.state is None or self.state.failed_at < self.noted.failed_at else self.state.status
+        """What has become of it."""
+        return "open" if self.state is None or self.anew else self.state.status
 
     @property
     def reason(self) -> str:
@@ -148,17 +157,24 @@ class Survey:
         """Take a letter in."""
         there = self.noted.setdefault(letter.place, {})
         known = there.get(letter.offset())
-        if known is None or known.failed_at < letter.failed_at:
-            there[letter.offset()] = Noted(letter.failed_at, letter.attempt, letter.why)
+        if known is None or known[:2] < (letter.epoch, letter.failed_at):
+            there[letter.offset()] = Noted(letter.epoch, letter.failed_at, letter.attempt, letter.why)
 
     def standings(self, which: Filter) -> Iterator[Standing]:
         """Return the letters that a filter takes, by their sources."""
         for place in sorted(self.noted):
             states = self.states.get(place, {})
             for offset, noted in sorted(self.noted[place].items()):
-                standing = Standing(place, offset, noted, states.get(offset), self._settled(place, offset))
+                state = states.get(offset)
+                anew = state is not None and self._is_newer(noted, state)
+                standing = Standing(place, offset, noted, state, self._settled(place, offset), anew)
                 if which.takes(standing):
                     yield standing
+
+    def _is_newer(self, noted: Noted, state: State) -> bool:
+        if self.checkpoints is None:  # and so no epochs
+            return state.failed_at < noted.failed_at
+        return state.epoch < noted.epoch
 
     def _settled(self, place: Place, offset: int) -> bool:
         if self.checkpoints is None:
@@ -168,16 +184,20 @@ class Survey:
 
 
 class Progress:
-    """A line on a terminal that says how far it is; nothing elsewhere."""
+    """A line on a terminal that says how far it is; lines in the log elsewhere, while it takes long."""
 
     def __init__(self, what: str) -> None:
         self._what, self._shows = what, sys.stderr.isatty()
+        self._next = time.monotonic() + LOG_INTERVAL
 
     def show(self, done: int, of: int) -> None:
         """Replace the line."""
         if self._shows:
             sys.stderr.write(f"\r\033[K{self._what}: {done:,} of {of:,}")
             sys.stderr.flush()
+        elif time.monotonic() > self._next:
+            self._next = time.monotonic() + LOG_INTERVAL
+            log.info(self._what, extra={"done": done, "of": of})
 
     def end(self) -> None:
         """Take the line away."""
@@ -187,26 +207,30 @@ class Progress:
 
 
 async def survey(config: Config, handler: HandlerConfig, letters: Letters) -> tuple[Survey, LetterTopic]:
-    """Read all headers, then the rows; returns the topic too, to read it again. Raises Outage, Halt."""
+    """Read the rows, then all headers; returns the topic too, to read it again. Raises Outage, Halt.
+
+    The checkpoints come first: of a message that is behind them then, no letter comes later than what is read.
+    """
+    found = Survey()
+    conn = await postgres.connect(config.postgres, f"consumerd/dlq-{handler.name}")
+    try:
+        found.states = await letters.read(conn)
+        if handler.checkpoint == "postgres":
+            there = await schema_is_there(conn, config.postgres.schema_name)
+            found.checkpoints = await letters.checkpoints(conn) if there else {}
+    finally:
+        await conn.close()
     topic = await asyncio.to_thread(LetterTopic, config.kafka, handler.dead_letter.topic)
     try:
-        found = await asyncio.to_thread(_read, topic, handler.group_id)
-        conn = await postgres.connect(config.postgres, f"consumerd/dlq-{handler.name}")
-        try:
-            found.states = await letters.read(conn)
-            if handler.checkpoint == "postgres":
-                there = await schema_is_there(conn, config.postgres.schema_name)
-                found.checkpoints = await letters.checkpoints(conn) if there else {}
-        finally:
-            await conn.close()
+        await asyncio.to_thread(_read, topic, handler.group_id, found)
     except BaseException:
         topic.close()
         raise
     return found, topic
 
 
-def _read(topic: LetterTopic, group: str) -> Survey:
-    found, progress = Survey(), Progress("letters read")
+def _read(topic: LetterTopic, group: str, found: Survey) -> None:
+    progress = Progress("letters read")
     whys: dict[Why, Why] = {}
     topic.rewind()
     while messages := topic.more():
@@ -219,7 +243,6 @@ def _read(topic: LetterTopic, group: str) -> Survey:
             found.note(letter)
         progress.show(topic.read, topic.size)
     progress.end()
-    return found
 
 
 def chosen(
@@ -235,7 +258,11 @@ def chosen(
                 letter = letter_of(message, group)
                 standing = None if letter is None else wanted.get((letter.place, letter.offset()))
                 # Of those that were written for one message it is the newest that is noted.
-                if letter is not None and standing is not None and letter.failed_at == standing.failed_at:
+                if (
+                    letter is not None
+                    and standing is not None
+                    and standing.noted[:2] == (letter.epoch, letter.failed_at)
+                ):
                     del wanted[letter.place, letter.offset()]
                     found.append((letter, standing))
             if found:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from consumerd.commands.dlq.redrive import Report, Waits
     from consumerd.commands.dlq.topic import Letter
     from consumerd.config import Config, HandlerConfig
-    from consumerd.letters import Letters, Status
+    from consumerd.letters import Letters
 
 WARNING = (
     "Whoever else reads {topic} sees these messages again, and each is the newest of its key then; a crash may send "
@@ -51,13 +51,12 @@ class ToTopic:
         config: Config,
         handler: HandlerConfig,
         letters: Letters,
-        takes: Sequence[Status],
         waits: Waits,
         *,
         topic: str | None,
         execute: bool,
     ) -> None:
-        self._config, self._topic, self._letters, self._takes, self._waits = config, topic, letters, takes, waits
+        self._config, self._topic, self._letters, self._waits = config, topic, letters, waits
         self._schema, self._execute = config.postgres.schema_name, execute
         self._connect = partial(postgres.connect, config.postgres, f"consumerd/dlq-{handler.name}")
         self._conn: AsyncConnection[Any] | None = None
@@ -111,7 +110,7 @@ class ToTopic:
         messages = [_produced(letter, topic) for letter in cast("list[Letter]", batch.messages)]
         conn = await self._open()
         try:
-            opening = claim(self._letters, batch, self._takes, f"topic {topic}")
+            opening = claim(self._letters, batch, f"topic {topic}")
             async with postgres.transaction(conn, opening) as answers:
                 check_claim(answers[0], batch)
                 try:

@@ -21,6 +21,7 @@ from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
     from consumerd.config import KafkaConfig
+    from consumerd.letters import Status
 
 GROUP = "consumerd.dlq"
 """librdkafka wants a name; no group of it ever exists."""
@@ -47,7 +48,7 @@ class Why(NamedTuple):
 class Letter:
     """A letter; as a `Message` it is what the handler had: our headers are off, and it stands where it came from."""
 
-    __slots__ = ("_offset", "attempt", "failed_at", "place", "raw", "tried", "why")
+    __slots__ = ("_offset", "attempt", "epoch", "failed_at", "place", "raw", "tried", "was", "why")
 
     def __init__(self, raw: ck.Message, ours: dict[str, str]) -> None:
         """Read our headers; raises KeyError or ValueError for what is no letter."""
@@ -56,9 +57,13 @@ class Letter:
         self.place = Place(ours[f"{CONNECT_PREFIX}topic"], topic_id, partition)
         self._offset = int(ours[f"{CONNECT_PREFIX}offset"])
         self.failed_at = dt.datetime.fromisoformat(ours[f"{OUR_PREFIX}failed_at"]).astimezone(dt.UTC)
+        self.epoch = int(ours.get(f"{OUR_PREFIX}epoch", 0))
+        """Under which it was written; 0: not known."""
         self.attempt = int(ours[f"{OUR_PREFIX}attempt"])
         self.tried = self.attempt
         """Times that its message was tried by now."""
+        self.was: Status = "open"
+        """The status of its row."""
         self.why = Why(
             ours[f"{OUR_PREFIX}reason"],
             ours[f"{CONNECT_PREFIX}exception.class.name"],

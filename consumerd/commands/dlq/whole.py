@@ -100,9 +100,12 @@ def text(made: Entry) -> str:
     }
     if "since" in made:
         since = made["since"]
-        into = f" into {since['target']}" if "target" in since else ""
-        again = f": {_why(since)}" if "reason" in since else ""
-        told["since"] = f"{since['status']}{into} {since['changed_at'].isoformat()} by {since['changed_by']}{again}"
+        into = f" into {since['target']}" if since["status"] == "redriven" else ""
+        again = " again" if since["status"] == "failed" else ""
+        why = f": {_why(since)}" if "reason" in since else ""
+        told["since"] = (
+            f"{since['status']}{again}{into} {since['changed_at'].isoformat()} by {since['changed_by']}{why}"
+        )
     if "headers" in made:
         told |= {name: made[name] for name in ("key", "key_base64", "value", "value_base64") if name in made}
         own = [(each["name"], each.get("value", each.get("value_base64"))) for each in made["headers"]]
