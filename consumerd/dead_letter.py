@@ -21,11 +21,12 @@ from consumerd.errors import Halt, Outage
 from consumerd.ways_on import Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from consumerd.accumulator import Batch
     from consumerd.config import HandlerConfig, KafkaConfig
     from consumerd.errors import Refusal
+    from consumerd.topics import Topic
     from consumerd.types import Message
 
 log = logging.getLogger(__name__)
@@ -60,10 +61,12 @@ class DeadLetters:
         self._closed = False
         self.largest: int | None = None
         """Bytes that the topic must take, for who makes it again."""
+        self.sources: Mapping[str, Topic] = {}
+        """The topics that messages come from: an offset means another message once its topic was made again."""
         self._sending = asyncio.Lock()
 
-    async def send(self, batch: Batch) -> None:
-        """Send the letters of a batch that are not acknowledged yet, and wait for them.
+    async def send(self, batch: Batch, epoch: int) -> None:
+        """Send the letters of a batch that are not acknowledged yet, and wait for them; `epoch` is its lease's.
 
         Raises Outage when they take long (the next call goes on waiting for them), Halt when the topic refuses them.
         """
@@ -72,7 +75,7 @@ class DeadLetters:
             return
         async with self._sending:
             try:
-                await asyncio.to_thread(self._send, batch, due)
+                await asyncio.to_thread(self._send, batch, due, epoch)
             except KafkaException as error:
                 raise self._meaning(error.args[0], batch) from error
         if self._closed:
@@ -87,7 +90,7 @@ class DeadLetters:
             self._producer.purge()
             self._producer.flush(1.0)
 
-    def _send(self, batch: Batch, due: list[int]) -> None:
+    def _send(self, batch: Batch, due: list[int], epoch: int) -> None:
         """Produce and wait, on a thread; a fatal error ends this producer, and the letters go with the next one."""
         if self._fatal is not None and self._producer is not None:
             self._producer.purge()
@@ -97,7 +100,7 @@ class DeadLetters:
         deadline = time.monotonic() + VISIBLE_AFTER
         for position in due:
             if position not in batch.on_their_way:
-                self._produce(producer, batch, position, deadline)
+                self._produce(producer, batch, position, epoch, deadline)
         while batch.on_their_way:
             before = len(batch.on_their_way)
             producer.poll(ACKNOWLEDGE_WAIT)
@@ -110,7 +113,7 @@ class DeadLetters:
                 deadline = time.monotonic() + VISIBLE_AFTER
             self._not_past(deadline)
 
-    def _produce(self, producer: ck.Producer, batch: Batch, position: int, deadline: float) -> None:
+    def _produce(self, producer: ck.Producer, batch: Batch, position: int, epoch: int, deadline: float) -> None:
         message, refusal = batch.messages[position], batch.refused[position]
         kind, timestamp = message.timestamp()
 
@@ -127,7 +130,7 @@ class DeadLetters:
                     self._topic,
                     value=message.value(),
                     key=message.key(),
-                    headers=headers(self._handler, batch, message, refusal),  # type: ignore[arg-type]
+                    headers=self._headers(batch, message, refusal, epoch),  # type: ignore[arg-type]
                     timestamp=timestamp if kind != ck.TIMESTAMP_NOT_AVAILABLE else 0,
                     on_delivery=delivered,
                 )
@@ -138,6 +141,11 @@ class DeadLetters:
                 # Callbacks run in poll() alone, on this thread: this comes before any of them.
                 batch.on_their_way.add(position)
                 return
+
+    def _headers(self, batch: Batch, message: Message, refusal: Refusal, epoch: int) -> Headers:
+        source = self.sources.get(batch.partition.topic)
+        topic_id = None if source is None else source.topic_id
+        return headers(self._handler, batch, message, refusal, topic_id=topic_id, epoch=epoch)
 
     def _not_past(self, deadline: float) -> None:
         if time.monotonic() > deadline:
@@ -195,7 +203,15 @@ class DeadLetters:
         )
 
 
-def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Refusal) -> Headers:
+def headers(
+    handler: HandlerConfig,
+    batch: Batch,
+    message: Message,
+    refusal: Refusal,
+    *,
+    topic_id: str | None = None,
+    epoch: int = 0,
+) -> Headers:
     """Return the headers of a letter: the message's own, and Kafka Connect's names and ours in place of older ones."""
     own = [
         (name, value) for name, value in message.headers() or [] if not name.startswith((CONNECT_PREFIX, OUR_PREFIX))
@@ -211,6 +227,8 @@ def headers(handler: HandlerConfig, batch: Batch, message: Message, refusal: Ref
         (f"{CONNECT_PREFIX}exception.class.name", refusal.error),
         (f"{CONNECT_PREFIX}exception.message", refusal.message),
         (f"{OUR_PREFIX}group", handler.group_id),
+        (f"{OUR_PREFIX}topic_id", topic_id),
+        (f"{OUR_PREFIX}epoch", str(epoch) if epoch else None),
         (f"{OUR_PREFIX}reason", refusal.reason),
         (f"{OUR_PREFIX}sqlstate", refusal.sqlstate),
         (f"{OUR_PREFIX}column", refusal.column),

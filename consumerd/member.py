@@ -177,7 +177,9 @@ class Member:
             self.transformer = Transformer(self.handler, self.budget.batch.max_bytes)
             await self.transformer.start()
         self._topics = Topics(self.config.kafka)
-        found = self._found = await self._topics.find(self.handler.topics, self._letters_of_all())
+        found = self._found = self.letters.sources = await self._topics.find(
+            self.handler.topics, self._letters_of_all()
+        )
         if self.handler.poison.action == "dead-letter":
             self.letters.largest = await self._topics.ensure_dead_letter(self.handler.dead_letter, found)
         conn = await self.connect()

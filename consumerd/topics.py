@@ -265,6 +265,15 @@ class Topics:
             _check(config.topic, await self._call(self._settings, config.topic), largest, self._kafka.bootstrap_servers)
         return largest, config.topic in there
 
+    async def oldest(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the age in ms that a message's own timestamp may have in topics, beyond which brokers delete it."""
+        ages = {}
+        for name in names if self._kafka.admin else ():
+            settings = await self._call(self._settings, name)
+            if settings["message.timestamp.type"] != "LogAppendTime" and "delete" in settings["cleanup.policy"]:
+                ages[name] = float(settings["retention.ms"])
+        return {name: age for name, age in ages.items() if age >= 0}
+
     async def _largest_message(self, sources: Iterable[str]) -> int:
         settings = [await self._call(self._settings, source) for source in sources]
         return max(int(setting["max.message.bytes"]) for setting in settings) + LETTER_HEADROOM

@@ -165,8 +165,8 @@ class Writer:
             return  # given up while some of it was packed again
         if any(batch.owes_letters for batch, _ in work) and member.handler.poison.action != "skip":
             await self._confirm(mapping)  # what is passed over is confirmed by the write's own transaction
-        for batch, _ in work:
-            if not await self._settle_poison(batch):
+        for batch, lease in work:
+            if not await self._settle_poison(batch, lease):
                 return  # it is a smaller batch now
         started = time.monotonic()
         conn = await self._connection(mapping)
@@ -294,7 +294,7 @@ class Writer:
             raise Halt("database", "Postgres refuses a message's row, and then it does not, again and again")
         raise Outage("postgres", "Postgres refused a row, and then it did not")
 
-    async def _settle_poison(self, batch: Batch) -> bool:
+    async def _settle_poison(self, batch: Batch, lease: Lease) -> bool:
         """Judge a batch, good ones too, and do with its poison what the handler says: send the letters it has, say.
 
         False when what lies before its first poison was made a batch of its own, which is written first.
@@ -307,7 +307,7 @@ class Writer:
             raise _poisoned(batch, member)
         member.breaker.judge(batch, time.monotonic())
         if action == "dead-letter":
-            await member.letters.send(batch)
+            await member.letters.send(batch, lease.epoch)
         return True
 
     async def _connection(self, mapping: Mapping) -> AsyncConnection[Any]:

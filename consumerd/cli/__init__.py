@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from consumerd import __version__
-from consumerd.cli import data, replaying, running, setting_up
+from consumerd.cli import data, letters, replaying, running, setting_up
 
 app = typer.Typer(
     name="consumerd",
@@ -29,3 +29,4 @@ app.add_typer(running.app)
 app.add_typer(setting_up.app)
 app.add_typer(data.app)
 app.add_typer(replaying.app)
+app.add_typer(letters.app, name="dlq")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
-from consumerd import postgres, replay_checkpoint
+from consumerd import letters, postgres, replay_checkpoint
 from consumerd.checkpoint import GRANTS, SCHEMA
 from consumerd.commands.replays import Replays
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def statements(config: Config) -> str:
     """Return the SQL, with the grants for a role that does not own the schema."""
     schema = sql.Identifier(config.postgres.schema_name)
-    made = sql.SQL(SCHEMA + replay_checkpoint.SCHEMA).format(schema=schema).as_string()
-    grants = sql.SQL(GRANTS + replay_checkpoint.GRANTS).format(schema=schema, role=sql.SQL("loader")).as_string()
+    made = sql.SQL(SCHEMA + replay_checkpoint.SCHEMA + letters.LETTERS).format(schema=schema).as_string()
+    every = GRANTS + replay_checkpoint.GRANTS + letters.GRANTS
+    grants = sql.SQL(every).format(schema=schema, role=sql.SQL("loader")).as_string()
     commented = "".join(f"-- {line}\n" for line in grants.splitlines())
     return f"{made}-- For a role that is not the owner, here one of the name loader:\n{commented}"
 
@@ -28,5 +29,6 @@ async def make(config: Config) -> None:
     conn = await postgres.connect(config.postgres, "consumerd/setup")
     try:
         await Replays(conn, config.postgres.schema_name, "").make()
+        await letters.ensure_letters(conn, config.postgres.schema_name)
     finally:
         await conn.close()

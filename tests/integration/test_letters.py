@@ -37,7 +37,7 @@ async def test_a_stop_while_a_letter_is_under_way_is_no_defect() -> None:
         gathered_since=0.0,
         refused={0: TOMBSTONE},
     )
-    sending = asyncio.create_task(letters.send(batch))
+    sending = asyncio.create_task(letters.send(batch, 1))
     while not batch.on_their_way:  # noqa: ASYNC110 - it is set on a thread
         await asyncio.sleep(0.01)
     await asyncio.to_thread(letters.close)

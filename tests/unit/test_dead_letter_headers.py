@@ -149,6 +149,12 @@ def test_what_is_not_known_is_left_out() -> None:
     assert found[f"{CONNECT}stage"] == b"VALUE_CONVERTER"
 
 
+def test_one_failure_is_told_from_another() -> None:
+    """P1: the topic's id and the checkpoint's epoch are in the letter: a topic may be made again, or be read again."""
+    found = dict(headers(HANDLER, batch(Fake()), Fake(), REFUSAL, topic_id="4Pd0wj8nT", epoch=7))
+    assert (b"4Pd0wj8nT", b"7") == (found["consumerd.topic_id"], found["consumerd.epoch"])
+
+
 def test_own_headers_stay() -> None:
     """The message's own headers come first, in order, byte for byte, repeated and without value too."""
     own: Given = [("trace", b"\xff\x00"), ("x", None), ("x", b""), ("trace", b"2"), ("consumerdx", b"own")]

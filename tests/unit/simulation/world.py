@@ -475,7 +475,7 @@ class Letters:
     def __init__(self, *_: object) -> None:
         self._process: Process = OWNER.get()  # type: ignore[assignment]
 
-    async def send(self, batch: Batch) -> None:
+    async def send(self, batch: Batch, _: int) -> None:
         """Take letters, one after the other; each is acknowledged in a while."""
         world = self._process.world
         for position in sorted(set(batch.refused) - batch.lettered):

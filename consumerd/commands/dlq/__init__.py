@@ -1,0 +1,1 @@
+"""`consumerd dlq`: what is done about letters; a file for each step."""
