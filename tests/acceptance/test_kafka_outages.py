@@ -154,7 +154,8 @@ def test_a_broker_that_is_gone_is_waited_for(
     lasts = OUTAGE if session == DEFAULT else max(OUTAGE, session + 2)
     # A session of six seconds is over before a silent connection is given up; the broker then waits for who it was.
     within = RECOVERY + (session if fault == "frozen" and session != DEFAULT else 0)
-    is_waited_for(fault, run, stream, faults(kafka, proxy)[fault], lasts=lasts, within=within)
+    ready = 200 if fault not in {"frozen", "deaf"} else None  # what silence does depends on when it began
+    is_waited_for(fault, run, stream, faults(kafka, proxy)[fault], lasts=lasts, within=within, ready=ready)
     stream.check(database)
 
 
@@ -162,12 +163,15 @@ def test_a_broker_that_is_gone_is_waited_for(
 def test_a_member_with_an_id_of_its_own_is_back_as_soon(
     proxy: Proxy, kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, *, member: str
 ) -> None:
-    """P4: a static member, and one of KIP-848, recover as quickly from an outage longer than a session."""
+    """P4: a static member, and one of KIP-848, recover as quickly from an outage longer than a session.
+
+    A static member knows by then that it is out of its group.
+    """
     stream = Stream(kafka.bootstrap, topic(2), 2)
     make_table(database, "events")
     static = by(proxy, group_instance_id="one")
     run = daemon(events(stream.topic), static if member == "static" else kip_848(database, proxy.port))
-    is_waited_for("killed", run, stream, faults(kafka, proxy)["killed"])
+    is_waited_for("killed", run, stream, faults(kafka, proxy)["killed"], ready=503 if member == "static" else None)
     stream.check(database)
 
 
@@ -179,8 +183,12 @@ def is_waited_for(
     *,
     lasts: float = OUTAGE,
     within: float = RECOVERY,
+    ready: int | None = None,
 ) -> None:
-    """Have a fault begin, last some seconds and end; the daemon says that it waits, recovers, and stops in order."""
+    """Have a fault begin, last some seconds and end; the daemon says that it waits, recovers, and stops in order.
+
+    `ready` is what /readyz answers at the fault's end.
+    """
     dsn = tomllib.loads(run.config.read_text(encoding="utf-8"))["postgres"]["dsn"]
     begin, end = ends
     stream.produce(1_000)
@@ -192,6 +200,7 @@ def is_waited_for(
         print(f"{fault}: seen after {time.monotonic() - began:.1f} s: {words(run)}")  # noqa: T201
         assert run.get("/healthz")[0] == 200
         time.sleep(max(0, began + lasts - time.monotonic()))
+        assert ready in {None, run.get("/readyz")[0]}
     finally:
         end()
     recovers(fault, dsn, stream, within)
