@@ -37,6 +37,15 @@ def run(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon)
     return run
 
 
+def halt_commands(run: Daemon) -> list[str]:
+    """Return what the halt names to be typed: what makes the topic, and what has the handler, or its file, taken up."""
+    found: list[str] = run.status()["handlers"]["halts"]["halt"]["commands"]
+    make, *others = found
+    assert make.startswith("kafka-topics --create --topic ")
+    assert others == [f"consumerd restart halts -c {run.config}", f"consumerd reload -c {run.config}"]
+    return found
+
+
 def status(run: Daemon, *arguments: str) -> tuple[int, str]:
     """Return the exit status and what was printed."""
     result = CliRunner().invoke(app, ["status", "-c", str(run.config), *arguments])
@@ -46,15 +55,16 @@ def status(run: Daemon, *arguments: str) -> tuple[int, str]:
 def test_status_tells_how_each_handler_does(run: Daemon) -> None:
     """Within 80 columns, the halt's command whole; one handler alone; JSON; one sentence where no daemon answers."""
     (run.config.parent / "handlers" / "halts.toml").write_text("a mistake that somebody makes meanwhile")
-    (command,) = run.status()["handlers"]["halts"]["halt"]["commands"]
-    assert command.startswith("kafka-topics --create --topic ")
+    commands = halt_commands(run)
 
     code, text = status(run)
     lines = text.splitlines()
     assert (code, lines[0].partition(", up")[0]) == (0, f"consumerd 0.1.0, process {run.process.pid}")
     assert {tuple(line.split()[:3]) for line in lines[3:5]} == {("runs", "running", "2"), ("halts", "HALTED", "0")}
-    assert f"    {command}" in lines
-    assert [line for line in lines if len(line) > SENTENCE_WIDTH and line != f"    {command}"] == []
+    assert [line[4:] for line in lines if line.startswith("    ")] == commands
+    assert [
+        line for line in lines if len(line) > SENTENCE_WIDTH and " " in line.strip() and line[4:] not in commands
+    ] == []
 
     code, text = status(run, "runs")
     assert (code, "halts" in text) == (0, False)
@@ -135,14 +145,14 @@ def test_watch_goes_on_until_ctrl_c(run: Daemon) -> None:
 def test_the_page_shows_a_halt_with_its_command(run: Daemon, tmp_path: Path) -> None:
     """In a browser, after its script ran, the page has each handler, and the halt's command to be copied."""
     chromium()
-    (command,) = run.status()["handlers"]["halts"]["halt"]["commands"]
+    commands = halt_commands(run)
     for width in (400, 1200):
         picture = tmp_path / f"{width}.png"
         page = dom(f"http://{run.listen}/", width=width, picture=picture)
         first, second = page.texts("h2")
         assert first.startswith("halts halted for ")
         assert second.startswith("runs running for ")
-        assert page.texts("code") == [command]
+        assert page.texts("code") == commands
         assert page.texts("div", "said")[0].startswith("Halted (dead_letter): dead-letter topic ")
         assert ("Rows written", "10") in zip(page.texts("dt"), page.texts("dd"), strict=True)
         assert int.from_bytes(picture.read_bytes()[16:20], "big") == width
