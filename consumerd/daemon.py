@@ -117,9 +117,10 @@ class Daemon:
         """Read the config again and do as it says; raises ConfigError, and goes on as before, when it is wrong."""
         try:
             async with self._members.changing:  # of two reloads at once the later one has read the later files
-                config = await asyncio.to_thread(self._read)
-                _check(config)
-                reloaded = await reload.apply(self._members, config)
+                with self._service.reloading():
+                    config = await asyncio.to_thread(self._read)
+                    _check(config)
+                    reloaded = await reload.apply(self._members, config)
         except ConfigError as error:
             self._reload = _reloaded(error)
             log.error("the config is refused, the one before goes on", extra={"problems": error.problems})  # noqa: TRY400

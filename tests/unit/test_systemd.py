@@ -102,7 +102,7 @@ def test_status_tells_rate_and_lag() -> None:
     partition = TopicPartition("orders", 0)
     lags.progress.leased(partition, 10)
     lags.progress.watermarks({partition: 30})
-    lags.progress._writes.add(time.monotonic(), partition, rows=500, messages=500, seconds=1.0)
+    lags.progress._writes.add(time.monotonic(), partition, rows=500, messages=500, seconds=0.1)
     assert sentence([lags]) == "1 of 1 handlers running; 50 rows/s, 20 messages (0 s) behind"
     others = [member(f"h{number}") for number in range(5)]
     assert sentence(others).startswith("0 of 5 handlers running; starting: h0, h1, h2 and 2 more; 0 rows/s")
