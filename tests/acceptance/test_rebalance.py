@@ -265,7 +265,7 @@ def goes_on_after_the_gap(kafka: KafkaServer, made: Events, low: int) -> None:
     stream, run = made.stream, made.run
     at = checkpoints(made.dsn, stream)[0]
     assert f"{stream.topic}:0: offsets {at}..{low - 1} are gone" in halt_of(run)
-    kafka.typed(re.findall("(kafka-consumer-groups .*?), then restart", halt_of(run))[0])
+    kafka.typed(re.findall("(kafka-consumer-groups .*?);", halt_of(run))[0])
     run.stop()
     made.start_again()
     for offset in range(at, low):
