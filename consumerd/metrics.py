@@ -75,8 +75,8 @@ messages_dead_lettered = _counter(
 messages_skipped = _counter(
     "messages_skipped", "Messages that are neither row nor letter, and whose offset has moved.", "handler", "reason"
 )
-"""The rest of the books: by `where`, as tombstones, because a row exists already, by the transform; any other reason is
-poison's where `[poison] action` is `skip`."""
+"""The rest of the books: by `where`, as tombstones, because a row exists already, by the transform, by an operator's
+`consumerd resume --skip`; any other reason is poison's where `[poison] action` is `skip`."""
 
 batch_messages = _histogram(
     "batch_messages", "Messages of a batch.", (1, 10, 100, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5)
