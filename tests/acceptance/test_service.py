@@ -18,6 +18,21 @@ from tests.servers.sql import locked
 
 TIMEOUT = 30  # seconds for anything that a test waits for
 NOWHERE = {"kafka": {"bootstrap_servers": "127.0.0.1:1"}, "postgres": {"dsn": "host=127.0.0.1 port=1 user=nobody"}}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+SLOW_IMPORT = """\
+import sys, time
+from consumerd.__main__ import main
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "consumerd.cli":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+main()
+"""
+"""`consumerd run` on a machine whose disk is asleep."""
 
 
 class Manager:
@@ -77,15 +92,24 @@ def test_a_daemon_that_waits_is_ready(daemon: MakeDaemon, topic: MakeTopic, mana
     assert 0 == run.stop()
 
 
-def test_a_stop_at_any_moment_of_the_start_is_clean(tmp_path: Path) -> None:
-    """From the first import on a signal ends it with status 0, whatever it has come to."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_during_the_imports_is_clean(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal ends `run` with status 0 though not a line of the daemon is imported yet."""
+    log = tmp_path / "log"
+    process = Process([sys.executable, "-c", SLOW_IMPORT, "run"], log, env=ENVIRONMENT)
+    wait_until(lambda: "importing" in log.read_text(encoding="utf-8"), TIMEOUT, "the imports")
+    assert 0 == process.stop(TIMEOUT, number)
+
+
+def test_a_stop_during_the_start_is_clean(tmp_path: Path) -> None:
+    """A signal ends it with status 0 whatever the start has come to."""
     config = write_config(tmp_path, NOWHERE | {"daemon": {"listen": f"127.0.0.1:{free_port()}"}}, {"t": handler("t")})
     command = [sys.executable, "-m", "consumerd", "run", "-c", str(config)]
-    for number, pause in ((signal.SIGTERM, 0.0), (signal.SIGINT, 0.0), (signal.SIGTERM, 0.7)):
-        process = Process(command, tmp_path / "log", env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    for pause in (0.0, 0.7):
+        process = Process(command, tmp_path / "log", env=ENVIRONMENT)
         wait_until(lambda: catches(process), TIMEOUT, "handlers of signals")  # noqa: B023 - used at once
         time.sleep(pause)
-        assert (pause, 0) == (pause, process.stop(TIMEOUT, number))
+        assert (pause, 0) == (pause, process.stop(TIMEOUT))
 
 
 def catches(process: Process) -> bool:
