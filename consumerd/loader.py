@@ -165,19 +165,8 @@ def _find(path: Path | None, environ: Mapping[str, str]) -> Path:
 
 
 def control_of(path: Path | None, *, environ: Mapping[str, str] = os.environ) -> tuple[Path, Path]:
-    """Return the daemon's file and its control socket, whatever mistakes are elsewhere; raises ConfigError.
-
-    A handler's file with a mistake in it keeps nobody from pausing another.
-    """
-    main = _read(_find(path, {**environ}), {"HOSTNAME": socket.gethostname(), **environ})
-    section = main.data.get("daemon", {})
-    control = section.get("control", "") if isinstance(section, dict) else ""
-    mistaken = [problem for problem in main.problems if not problem.path or problem.path == ("daemon", "control")]
-    if mistaken or not isinstance(control, str):
-        main.problems = mistaken or [Problem(path=("daemon", "control"), sentence="must be a string, in quotes")]
-        raise ConfigError(*main.told())
-    default: Path = DaemonConfig.model_fields["control"].default
-    return main.path, main.path.parent / control if control else default
+    """Return the daemon's file and its control socket, as `load_daemon` reads it; raises ConfigError."""
+    return _find(path, environ), load_daemon(path, environ=environ).control
 
 
 def leads_to(path: Path) -> str:

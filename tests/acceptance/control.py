@@ -2,14 +2,21 @@
 
 import re
 import shlex
+from typing import Any
 
 from typer.testing import CliRunner, Result
 
 from consumerd.cli import app
+from tests.acceptance.halts import handler
 from tests.servers.daemon import Daemon
 
 CONTROL = {"daemon": {"control": "control.sock"}}
 """Each daemon of a test has a folder of its own."""
+
+
+def apart(topic: str, table: str, /, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - TOML
+    """Return a handler whose group and dead letters no other test of the session has."""
+    return handler(topic, table, **{"group_id": f"{topic}.{table}", **more})
 
 
 def command(run: Daemon, *arguments: str) -> Result:

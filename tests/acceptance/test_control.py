@@ -6,9 +6,9 @@ import signal
 
 from confluent_kafka.admin import AdminClient
 
-from tests.acceptance.control import CONTROL, command, done, refused
+from tests.acceptance.control import CONTROL, apart, command, done, refused
 from tests.acceptance.events import held, state, wait_for_halt
-from tests.acceptance.halts import TIMEOUT, expect_halt, expect_rows, handler, landed, make_tables, send
+from tests.acceptance.halts import TIMEOUT, expect_halt, expect_rows, landed, make_tables, send
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.daemon import Daemon, write_config
 from tests.servers.kafka import KafkaServer
@@ -37,7 +37,7 @@ def test_a_paused_handler_stays_in_its_group_and_goes_on_exactly(
     """Nothing is read or written, through a rebalance too; its lag is told; then every message lands once."""
     name = topic(2)
     make_tables(database, "t", "other")
-    handlers = {"t": handler(name, "t"), "other": handler(name, "other")}
+    handlers = {"t": apart(name, "t"), "other": apart(name, "other")}
     run = daemon(handlers, CONTROL)
     send(kafka, name)
     expect_rows(database, "t")
@@ -67,7 +67,7 @@ def test_a_pause_lets_go_of_a_locked_table(
     """What cannot be written in time is dropped, with its transaction and its memory, and is read again later."""
     name = topic()
     make_tables(database, "t")
-    run = daemon({"t": handler(name, "t")}, CONTROL)
+    run = daemon({"t": apart(name, "t")}, CONTROL)
     with locked(database, "t"):
         send(kafka, name)
         wait_until(lambda: blocked(database), TIMEOUT, "a write that waits")
@@ -87,7 +87,7 @@ def test_a_restart_is_a_fresh_member_and_clears_no_cause(
     """A running one goes on where it was; a halted one halts again, until its cause is mended."""
     name = topic()
     make_tables(database, "t")
-    run = daemon({"t": handler(name, "t"), "halted": handler(name, "absent")}, CONTROL, wait=False)
+    run = daemon({"t": apart(name, "t"), "halted": apart(name, "absent")}, CONTROL, wait=False)
     sentence = expect_halt(run, "halted", "table absent does not exist", "consumerd restart halted")
     send(kafka, name)
     expect_rows(database, "t")
@@ -114,7 +114,7 @@ def test_a_reload_changes_what_has_changed(
     """Handlers are started, started anew, and removed as their files say; one that is the same does not notice."""
     name = topic()
     make_tables(database, "same", "changed", "gone", "new", "halted")
-    handlers = {each: handler(name, each) for each in ("same", "changed", "gone")} | {"halted": handler(name, "absent")}
+    handlers = {each: apart(name, each) for each in ("same", "changed", "gone")} | {"halted": apart(name, "absent")}
     run = daemon(handlers, CONTROL, wait=False)
     wait_for_halt(run, "halted")
     send(kafka, name)
@@ -126,8 +126,8 @@ def test_a_reload_changes_what_has_changed(
     del handlers["gone"]
     (run.config.parent / "handlers" / "gone.toml").unlink()
     handlers["changed"]["columns"] = {"id": "id"}
-    handlers["halted"] = handler(name, "halted")
-    handlers |= {"new": handler(name, "new"), "newer": handler(name, "new", group_id="newer", start="latest")}
+    handlers["halted"] = apart(name, "halted")
+    handlers |= {"new": apart(name, "new"), "newer": apart(name, "new", group_id="newer", start="latest")}
     text = run.config.read_text(encoding="utf-8").replace("control.sock", "another.sock")
     write_config(run.config.parent, text, handlers)
     # The client finds the socket by the file, which names another by now.
@@ -156,7 +156,7 @@ def test_a_config_that_is_wrong_is_refused(
     """All its mistakes are told, nothing changes, and the metrics say so until one is right; others may be paused."""
     name = topic()
     make_tables(database, "t")
-    handlers = {"t": handler(name, "t")}
+    handlers = {"t": apart(name, "t")}
     run = daemon(handlers, CONTROL)
     right, at = reloads(run)
     assert right == 1
@@ -174,7 +174,7 @@ def test_a_config_that_is_wrong_is_refused(
     wrong.unlink()
     assert done(run, "reload") == "the config was read again; unchanged: t\n"
     assert reloads(run) > (1, at)
-    more = {each: handler(name, "t", start="latest", dead_letter={}, poison={"action": "halt"}) for each in "abcdefgh"}
+    more = {each: apart(name, "t", group_id=f"{name}.{each}", start="latest") for each in "abcdefgh"}
     write_config(run.config.parent, run.config.read_text(encoding="utf-8"), more)
     # An eighth of the memory is in its consumer's queue, and its share is a ninth by now.
     assert "started anew: t" in done(run, "reload")
@@ -195,8 +195,8 @@ def test_a_transforms_new_code_is_told(kafka: KafkaServer, database: str, topic:
     make_tables(database, "inside", "beside")
     code = "def transform(record):\n    return record\n"
     handlers = {
-        "inside": handler(name, "inside", transform={"function": "mine:transform"}),
-        "beside": handler(name, "beside", transform={"function": "theirs:transform", "workers": 1}),
+        "inside": apart(name, "inside", transform={"function": "mine:transform"}),
+        "beside": apart(name, "beside", transform={"function": "theirs:transform", "workers": 1}),
     }
     run = daemon({**handlers, "mine.py": code, "theirs.py": code}, CONTROL)
     folder = run.config.parent / "handlers"
@@ -218,7 +218,7 @@ def test_a_halt_of_all_may_end_the_process(
     """--exit-on-halt: status 1 once every handler is halted, and not before."""
     name = topic()
     make_tables(database, "t")
-    run = daemon({"t": handler(name, "t"), "halted": handler(name, "absent")}, None, "--exit-on-halt", wait=False)
+    run = daemon({"t": apart(name, "t"), "halted": apart(name, "absent")}, None, "--exit-on-halt", wait=False)
     wait_for_halt(run, "halted")
     send(kafka, name)
     expect_rows(database, "t")
