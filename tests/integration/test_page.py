@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
+from consumerd import metrics
 from consumerd.http import HttpServer
 from tests.servers.browser import Dom, chromium, dom
 
@@ -145,6 +146,13 @@ def test_what_the_daemon_says_is_shown(page: Dom) -> None:
         "Dead letters": "150 (range 120, type 30)",
         "Skipped": "5 (where 5)",
     }
+
+
+def test_each_state_has_its_place() -> None:
+    """The page orders and counts handlers by each state that there is."""
+    page = files("consumerd").joinpath("page.html").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"const FIRST = (\[.*\]);", page)
+    assert sorted(orjson.loads(listed)) == sorted(metrics.STATES)
 
 
 def test_nothing_that_is_said_becomes_markup(page: Dom) -> None:
