@@ -95,13 +95,16 @@ class Progress:
 
     def halt(self, halt: Halt) -> None:
         """Note a halt: the one state that only a fresh member ends."""
-        halt = ways_on.told(halt, self.handler, self._options)
+        halt = self._with_the_way_on(halt)
         self.halted, self.ready = halt, False
         self.errors.add(str(halt), time.time())
         self._outages.clear()
         metrics.halts.labels(self.handler, halt.reason).inc()
         self._be("halted")
         log.error("halted: %s", halt, extra={"handler": self.handler, "reason": halt.reason})
+
+    def _with_the_way_on(self, halt: Halt) -> Halt:
+        return ways_on.told(halt, self.handler, self._options)
 
     def outage(self, source: Source, sentence: str, who: str) -> None:
         """Note an outage that somebody met; a line when it begins or says something new."""

@@ -10,8 +10,8 @@ On trial (a dry run) every write is rolled back, and nothing else differs.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
+import re
 import time
 from collections import Counter
 from contextlib import suppress
@@ -48,12 +48,14 @@ if TYPE_CHECKING:
     from consumerd.types import TopicPartition
     from consumerd.writer import Work
 
-log = logging.getLogger(__name__)
-
 MOST_TOLD = 1_000
 """Refused messages that are named; the others are counted."""
 WRITES_PER_SECOND = 2
 """Writes of a replay with a rate, at least: it goes evenly, and not in bursts."""
+OF_THE_GROUP = re.compile("; (?:Kafka's own tool|set `group_id`)")
+"""Where a halt's sentence goes on with what would be done to the handler's group, which a replay must not touch."""
+FINAL = {"checkpoint", "gap", "topic"}
+"""Reasons of halts that name their own way on, or have none."""
 OF_GROUPS = ("group.protocol", "group.remote.assignor", "group.instance.id")
 """Properties that go with a group alone."""
 
@@ -147,11 +149,10 @@ class RangeAssignment(Assignment):
 class ReplayProgress(Progress):
     """Progress whose halts are those of a command."""
 
-    def halt(self, halt: Halt) -> None:
-        """Note a halt; the way on is the same command."""
-        self.halted, self.state, self.ready = halt, "halted", False
-        self.errors.add(str(halt), time.time())
-        log.error("halted: %s", halt, extra={"handler": self.handler, "reason": halt.reason})
+    def _with_the_way_on(self, halt: Halt) -> Halt:
+        if halt.reason in FINAL:
+            return halt
+        return Halt(halt.reason, f"{str(halt).rstrip('.;')}; once that is mended, the same command goes on")
 
 
 class ReplayReconciler(Reconciler):
@@ -248,7 +249,7 @@ class Replay(Member):
             halt = Halt("gap", f"{what}; nothing was skipped; to leave these out: --accept-gap")
         elif isinstance(halt, TopicGone):
             halt = made_again(halt.topics)
-        await super()._halt(halt)
+        await super()._halt(Halt(halt.reason, OF_THE_GROUP.split(str(halt))[0]))
 
     # Where the range ends.
 

@@ -318,11 +318,16 @@ def test_the_breaker_holds(scene: Scene) -> None:
     for _ in range(200):
         producer.produce(scene.stream.topic, b"nonsense", partition=0)
     assert producer.flush(TIMEOUT) == 0
+    scene.configure(poison={"action": "halt"})
+    said = scene.replay("--into", "copy", code=FAILED)["said"].splitlines()[-1]
+    assert "offset 0 cannot become a row" in said
+    assert "--reset-offsets" not in said
     scene.configure(poison={"min_messages": 100})
     for more in ((), ("--execute",)):
         assert "over the limit of 5.0%" in scene.replay("--into", "copy", *more, code=FAILED)["said"]
     (record,) = scene.records()
     assert "over the limit" in record["failed"]
+    assert record["failed"].endswith("the same command goes on")
 
 
 def test_a_role_needs_what_setup_grants_and_its_table(scene: Scene, role: str) -> None:
