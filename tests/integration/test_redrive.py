@@ -60,7 +60,7 @@ async def test_two_at_once(dlq: Dlq) -> None:
 async def test_letters_of_one_message_are_one(dlq: Dlq) -> None:
     """P2: a message whose letter was written twice, before a redrive, is one letter and one row."""
     await dlq.start()
-    for number in (0, 1, 0):
+    for number in (0, 1, 0, 1):
         dlq.write(number, row(number), failed_at=LATER if number else LONG_AGO)
     dlq.write(0, row(0), failed_at=LATER)
     assert 2 == (await dlq.redrive()).redriven
@@ -84,10 +84,10 @@ async def test_a_letter_written_after_its_redrive(dlq: Dlq) -> None:
 async def test_a_late_letter_of_a_member_that_was_stopped(dlq: Dlq) -> None:
     """P2: what a zombie still writes, after the redrive, under an epoch that is over, is no new letter."""
     await dlq.start()
-    execute(dlq.database, "UPDATE consumerd.checkpoint SET epoch = 2")
-    dlq.write(0, row(0), epoch=2)
+    execute(dlq.database, "UPDATE consumerd.checkpoint SET epoch = 3")
+    dlq.write(0, row(0), epoch=1)
     await dlq.redrive()
-    dlq.write(0, row(0), epoch=1, failed_at=LATER)
+    dlq.write(0, row(0), epoch=2, failed_at=LATER)
     assert {0: ("redriven", 2)} == await dlq.statuses()
     assert 0 == (await dlq.redrive(run=1)).wanted
     assert [(0, 0)] == dlq.rows()
@@ -132,11 +132,12 @@ async def test_the_checkpoint_is_looked_at_by_the_write(dlq: Dlq) -> None:
 async def test_a_topic_that_was_made_again(dlq: Dlq) -> None:
     """P1: offset 0 of a topic, and of the one that was made in its place, are two letters, neither read again."""
     await dlq.start()
-    dlq.write(0, row(0), topic_id="before")
-    dlq.write(0, row(1))
-    dlq.checkpoint(1)
-    assert 2 == (await dlq.redrive()).redriven
-    assert [(0, 0), (1, 1)] == dlq.rows()
+    for offset, topic_id in [(0, "before"), (5, "before"), (0, "id"), (5, "id")]:
+        dlq.write(offset, row(offset), topic_id=topic_id)
+    dlq.checkpoint(1)  # of the new topic: of the old one nothing is ever read again
+    report = await dlq.redrive()
+    assert (3, 1) == (report.redriven, report.unsettled)
+    assert [(0, 0), (0, 0), (5, 5)] == dlq.rows()
 
 
 async def test_a_table_that_is_altered_meanwhile(dlq: Dlq) -> None:
