@@ -218,7 +218,7 @@ def has_members(handler: HandlerConfig, members: Sequence[str]) -> str:
     """Say why nothing is set while somebody reads."""
     return (
         f"group {handler.group_id} has members ({', '.join(members)}), and no offset is set under them: stop consumerd "
-        f"there; then type this again with --execute"
+        f"there (a handler that is halted has left its group); then type this again with --execute"
     )
 
 

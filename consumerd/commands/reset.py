@@ -61,10 +61,15 @@ async def execute(config: Config, handler: HandlerConfig, plan: Plan) -> list[st
     group = Group(config.kafka, handler.group_id)
     if members := await group.members():
         raise Halt("checkpoint", has_members(handler, members))
+    count = len(plan.resets)
+    done = (
+        f"Set: {count} partition{'s' * (count > 1)}. The next start goes on there; after a halt: consumerd restart "
+        f"{handler.name}"
+    )
     async with connection(config, handler) as conn:
         if conn is None:
             await group.commit({each.at.partition: (each.new, _kafka_stamp(handler, each)) for each in plan.resets})
-            return [f"Set: {len(plan.resets)} partitions."]
+            return [done]
         schema = config.postgres.schema_name
         await ensure_schema(conn, schema)
         tables = LiveTables(handler, partial(postgres.connect, config.postgres, "consumerd/offsets"))
@@ -80,8 +85,8 @@ async def execute(config: Config, handler: HandlerConfig, plan: Plan) -> list[st
     try:
         await group.commit(stamps)
     except ConsumerdError as error:
-        return [f"Set: {len(plan.resets)} partitions; Kafka's offsets follow with the handler's next commit ({error})."]
-    return [f"Set: {len(plan.resets)} partitions."]
+        return [done, f"Kafka's own offsets follow with the handler's next commit ({error})."]
+    return [done]
 
 
 async def _set(conn: AsyncConnection[Any], checkpoints: Checkpoints, resets: Sequence[Reset], schema: str) -> None:

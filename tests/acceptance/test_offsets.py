@@ -131,7 +131,8 @@ def test_a_reset_moves_both_stores_and_takes_effect_exactly(written: Events) -> 
     stream = written.stream
     times = read_once(stream)
     done = command(written, "reset", "--to-offset", "70", "--topic", f"{stream.topic}:1", "--execute")
-    assert (OK, "Set: 1 partitions.") == (done.returncode, done.stderr.splitlines()[-1])
+    assert OK == done.returncode
+    assert "Set: 1 partition. The next start goes on there" in done.stderr
     assert ({0: 100, 1: 70}, {0: 100, 1: 70}) == stores(written)
     assert [100, 70] == [json.loads(str(each.metadata))["offset"] for each in commits(stream)]  # stamped
     assert [(1,), (2,)] == execute(written.dsn, "SELECT epoch FROM consumerd.checkpoint ORDER BY partition")
