@@ -19,8 +19,10 @@ from consumerd.commands.group import Group
 from consumerd.commands.offsets import Plan, planned
 from consumerd.errors import Halt
 from consumerd.types import TopicPartition
-from tests.acceptance.events import Events, MakeEvents, checkpoints, commit, commits, committed
-from tests.acceptance.stream import rows
+from tests.acceptance.control import CONTROL
+from tests.acceptance.control import done as run_control
+from tests.acceptance.events import Events, MakeEvents, checkpoints, commit, commits, committed, wait_for_halt
+from tests.acceptance.stream import POISON_EVERY, rows
 from tests.acceptance.test_operator import expected, read_again, read_once, run_to_the_end, tool
 from tests.servers.daemon import consumerd
 from tests.servers.kafka import KafkaServer
@@ -207,6 +209,18 @@ def test_no_offset_is_set_under_members(database: str, events: MakeEvents) -> No
     for told in (dry, done):
         assert f"group {made.stream.topic} has members (rdkafka at 127.0.0.1)" in told.stderr
     assert {0: 50, 1: 50} == checkpoints(database, made.stream)
+
+
+def test_a_halted_handler_is_set_and_restarted(database: str, events: MakeEvents) -> None:
+    """Its daemon stays up: the handler has left its group, and a restart takes up what was set."""
+    made = events(database, 1, poison={"action": "halt"})
+    made.stream.produce(POISON_EVERY)  # the first of them is poison
+    made.start(CONTROL)
+    wait_for_halt(made.run)
+    carry_out(made, plan(made, "to-offset", 1))
+    run_control(made.run, "restart", "events")
+    made.catches_up()
+    assert rows(database, "events") == expected(made.stream, read_once(made.stream))
 
 
 def test_what_is_exported_is_what_kafkas_tool_exports(kafka: KafkaServer, written: Events, tmp_path: Path) -> None:
