@@ -8,17 +8,24 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
+from typer.testing import CliRunner, Result
 
+from consumerd.cli import app
 from tests.acceptance.events import Events, MakeEvents, commit
 from tests.acceptance.stream import Stream
 from tests.conftest import MakeTopic
-from tests.servers.daemon import consumerd, write_config
+from tests.servers.daemon import write_config
 from tests.servers.kafka import KafkaServer
 from tests.servers.sql import locked
 
 OK, FAILED, USAGE, NOT_REACHED = 0, 1, 2, 75
 TIMEOUT = 60
 HOUR = 3600.0
+
+
+def typed(folder: Path, *arguments: str) -> Result:
+    """Run `lag` for the files in a folder, in this process."""
+    return CliRunner().invoke(app, ["lag", *arguments, "-c", str(folder / "consumerd.toml")])
 
 
 class Behind:
@@ -50,8 +57,8 @@ class Behind:
 
     def lags(self, *arguments: str, status: int = OK) -> list[dict[str, Any]]:
         """Run `lag` and return its JSON lines."""
-        done = consumerd("lag", "-o", "json", *arguments, cwd=self.folder)
-        assert (status, "") == (done.returncode, done.stderr)
+        done = typed(self.folder, "-o", "json", *arguments)
+        assert (status, "") == (done.exit_code, done.stderr)
         return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -149,8 +156,8 @@ def test_many_partitions_in_one_look(behind: Behind, topic: MakeTopic) -> None:
 def test_a_table_for_people(behind: Behind) -> None:
     """Each partition is a line, with what its numbers do not say."""
     behind.send(HOUR)
-    done = consumerd("lag", cwd=behind.folder)
-    assert (OK, "") == (done.returncode, done.stderr)
+    done = typed(behind.folder)
+    assert (OK, "") == (done.exit_code, done.stderr)
     head, first, _ = done.stdout.splitlines()
     assert ["handler", "partition", "checkpoint", "end", "lag", "seconds"] == head.split()
     assert ["events", f"{behind.stream.topic}:0", "-", "1", "1"] == first.split()[:5]
@@ -161,9 +168,9 @@ def test_a_handler_without_its_topic_hides_no_other(behind: Behind) -> None:
     """Its sentence is told, exit status 1, and the lag of the others all the same."""
     path = behind.folder / "handlers" / "absent.toml"
     path.write_text('topics = ["absent"]\ntable = { name = "events", write = "append" }\n')
-    done = consumerd("lag", "-o", "json", cwd=behind.folder)
+    done = typed(behind.folder, "-o", "json")
     assert (FAILED, ["events", "events"]) == (
-        done.returncode,
+        done.exit_code,
         [json.loads(line)["handler"] for line in done.stdout.splitlines()],
     )
     assert done.stderr.startswith("absent: topic absent does not exist")
@@ -171,12 +178,12 @@ def test_a_handler_without_its_topic_hides_no_other(behind: Behind) -> None:
 
 def test_mistakes(behind: Behind) -> None:
     """A handler that is not there and brokers that are away are one sentence each, with a code of their own."""
-    done = consumerd("lag", "evnets", cwd=behind.folder)
-    assert (USAGE, "there is no handler evnets; there are: events\n") == (done.returncode, done.stderr)
+    done = typed(behind.folder, "evnets")
+    assert (USAGE, "there is no handler evnets; there are: events\n") == (done.exit_code, done.stderr)
     for kafka, dsn in (("127.0.0.1:1", behind.database), (behind.kafka.bootstrap, "host=127.0.0.1 port=1")):
         behind.configure({"kafka": {"bootstrap_servers": kafka}, "postgres": {"dsn": dsn}})
-        done = consumerd("lag", cwd=behind.folder)
-        assert (NOT_REACHED, "", 1) == (done.returncode, done.stdout, len(done.stderr.splitlines())), done.stderr
+        done = typed(behind.folder)
+        assert (NOT_REACHED, "", 1) == (done.exit_code, done.stdout, len(done.stderr.splitlines())), done.stderr
 
 
 def _begins(lag: dict[str, Any]) -> tuple[Any, ...]:
@@ -192,8 +199,8 @@ def _told(lag: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _lags(made: Events) -> list[dict[str, Any]]:
-    done = consumerd("lag", "events", "-o", "json", cwd=made.run.config.parent)
-    assert (OK, "") == (done.returncode, done.stderr)
+    done = typed(made.run.config.parent, "events", "-o", "json")
+    assert (OK, "") == (done.exit_code, done.stderr)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

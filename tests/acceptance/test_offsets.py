@@ -6,13 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 from confluent_kafka.admin import AdminClient
+from typer.testing import CliRunner, Result
 
 from consumerd import loader
+from consumerd.cli import app
 from consumerd.commands import reset
 from consumerd.commands.aim import Aim, aim
 from consumerd.commands.group import Group
@@ -20,11 +21,10 @@ from consumerd.commands.offsets import Plan, planned
 from consumerd.errors import Halt
 from consumerd.types import TopicPartition
 from tests.acceptance.control import CONTROL
-from tests.acceptance.control import done as run_control
+from tests.acceptance.control import done as typed
 from tests.acceptance.events import Events, MakeEvents, checkpoints, commit, commits, committed, wait_for_halt
 from tests.acceptance.stream import POISON_EVERY, rows
 from tests.acceptance.test_operator import expected, read_again, read_once, run_to_the_end, tool
-from tests.servers.daemon import consumerd
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
 from tests.servers.sql import execute
@@ -49,16 +49,15 @@ def ran(made: Events) -> Events:
     return made
 
 
-def command(made: Events, *arguments: str) -> CompletedProcess[str]:
-    """Run `offsets` in the daemon's folder."""
-    name, *others = arguments
-    return consumerd("offsets", name, "events", *others, cwd=made.run.config.parent)
+def command(made: Events, name: str, *arguments: str) -> Result:
+    """Run `offsets` for the daemon's files, in this process."""
+    return CliRunner().invoke(app, ["offsets", name, "events", *arguments, "-c", str(made.run.config)])
 
 
 def shown(made: Events) -> list[dict[str, Any]]:
     """Run `show` and return its JSON lines."""
     done = command(made, "show", "-o", "json")
-    assert (OK, "") == (done.returncode, done.stderr)
+    assert (OK, "") == (done.exit_code, done.stderr)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -133,7 +132,7 @@ def test_a_reset_moves_both_stores_and_takes_effect_exactly(written: Events) -> 
     stream = written.stream
     times = read_once(stream)
     done = command(written, "reset", "--to-offset", "70", "--topic", f"{stream.topic}:1", "--execute")
-    assert OK == done.returncode
+    assert OK == done.exit_code
     assert "Set: 1 partition. The next start goes on there" in done.stderr
     assert ({0: 100, 1: 70}, {0: 100, 1: 70}) == stores(written)
     assert [100, 70] == [json.loads(str(each.metadata))["offset"] for each in commits(stream)]  # stamped
@@ -203,9 +202,9 @@ def test_no_offset_is_set_under_members(database: str, events: MakeEvents) -> No
     made.start()
     made.catches_up()
     dry = command(made, "reset", "--to-earliest", "--all-topics")
-    assert (OK, 3) == (dry.returncode, len(dry.stdout.splitlines()))
+    assert (OK, 3) == (dry.exit_code, len(dry.stdout.splitlines()))
     done = command(made, "reset", "--to-earliest", "--all-topics", "--execute")
-    assert FAILED == done.returncode
+    assert FAILED == done.exit_code
     for told in (dry, done):
         assert f"group {made.stream.topic} has members (rdkafka at 127.0.0.1)" in told.stderr
     assert {0: 50, 1: 50} == checkpoints(database, made.stream)
@@ -218,7 +217,7 @@ def test_a_halted_handler_is_set_and_restarted(database: str, events: MakeEvents
     made.start(CONTROL)
     wait_for_halt(made.run)
     carry_out(made, plan(made, "to-offset", 1))
-    run_control(made.run, "restart", "events")
+    typed(made.run, "restart", "events")
     made.catches_up()
     assert rows(database, "events") == expected(made.stream, read_once(made.stream))
 
@@ -251,7 +250,7 @@ def test_before_the_first_run(database: str, events: MakeEvents) -> None:
     made.stream.produce(200)
     made.start(wait=False).kill()
     done = command(made, "reset", "--to-offset", "90", "--topic", f"{made.stream.topic}:0", "--execute")
-    assert OK == done.returncode, done.stderr
+    assert OK == done.exit_code, done.stderr
     assert "begins at 90" in done.stdout
     made.start_again()
     made.catches_up()
@@ -270,7 +269,7 @@ def test_a_topic_made_again(kafka: KafkaServer, admin: AdminClient, written: Eve
     stream.sent.clear()
     stream.produce(40)
     done = command(written, "reset", "--shift-by", "-5", "--all-topics", "--execute")
-    assert FAILED == done.returncode
+    assert FAILED == done.exit_code
     assert (
         f"topic {stream.topic} was deleted and made again: offset 100 of {stream.topic}:0 is of the old" in done.stderr
     )
@@ -320,5 +319,5 @@ def test_mistakes(written: Events) -> None:
         (("--to-latest", "--topic", f"{written.stream.topic}:1,7"), FAILED, "has no partition 7"),
     ):
         done = command(written, "reset", *arguments)
-        assert (status, "", 1) == (done.returncode, done.stdout, len(done.stderr.splitlines())), done.stderr
+        assert (status, "", 1) == (done.exit_code, done.stdout, len(done.stderr.splitlines())), done.stderr
         assert words in done.stderr
