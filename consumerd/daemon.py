@@ -19,7 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from consumerd import __version__, loader, metrics, reload, ways_on
+from consumerd import __version__, left_over, loader, metrics, reload, ways_on
 from consumerd import log as logs
 from consumerd.control import Answer, Control, NoSocketError, Request
 from consumerd.errors import ConfigError, ConsumerdError, Outage
@@ -100,6 +100,7 @@ class Daemon:
         others = [
             asyncio.create_task(self._heartbeat(), name="heartbeat"),
             asyncio.create_task(self._service.run(), name="systemd"),
+            asyncio.create_task(self._watch_left_over(), name="left over"),
         ]
         if self._until_end:
             others.append(asyncio.create_task(self._stop_at_the_end(), name="until end"))
@@ -146,6 +147,10 @@ class Daemon:
             case "reload":
                 reloaded = await self.reload()
                 return Answer(ok=True, message=reloaded.sentence(), changed=asdict(reloaded))
+
+    async def _watch_left_over(self) -> None:
+        members = self._members
+        await left_over.watch(lambda: members.config.postgres, lambda: [member.handler for member in members])
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows; sets the gauges that are computed when somebody looks."""

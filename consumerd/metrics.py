@@ -37,6 +37,7 @@ PlatformCollector(registry=registry)
 
 HANDLER = ("handler",)
 PARTITION = ("handler", "topic", "partition")
+REPLAYS = ("failed", "interrupted")
 STATES = ("starting", "waiting", "running", "paused", "stopping", "stopped", "halted")
 
 
@@ -136,6 +137,14 @@ last_commit_timestamp = _gauge(
 )
 """With lag, `time()` less this is for how long nothing has been written."""
 
+replays = _gauge("replays", "Replays of the handler that have not ended, by why.", "handler", "state")
+"""`failed`: it halted, `consumerd replay HANDLER --list` says why. `interrupted`: stopped or killed a minute ago or
+more; the same command goes on, `--forget` gives it up."""
+letters_failed_again = _gauge(
+    "letters_failed_again", "Letters that failed once more when they were redriven.", "handler"
+)
+"""What was mended did not mend these: `consumerd dlq list HANDLER`."""
+
 config_last_reload_successful = _gauge(
     "config_last_reload_successful", "Whether the last configuration that was read was taken, 1 or 0."
 )
@@ -156,12 +165,13 @@ VALUES: dict[MetricWrapperBase, tuple[str, ...]] = {
     retries: get_args(Source),
     halts: get_args(HaltReason),
     handler_state: STATES,
+    replays: REPLAYS,
 }
 """The values of the label beside `handler`."""
 OF_HANDLERS: tuple[MetricWrapperBase, ...] = (
     *(batch_messages, batch_bytes, batch_write_duration, end_to_end_latency, connection_wait),
     *(isolations, fenced_writes, rebalances, partitions_assigned, partitions_paused),
-    *(buffered_bytes, buffer_limit_bytes, last_commit_timestamp),
+    *(buffered_bytes, buffer_limit_bytes, last_commit_timestamp, letters_failed_again),
 )
 """Those whose only label is `handler`."""
 
