@@ -293,3 +293,10 @@ def test_property_of_another_type_is_refused(value: object) -> None:
     """Lists and dates are no property."""
     with pytest.raises(ValueError, match=r"^must be a string, a number, true or false, or \{ credential"):
         parse_property("x", value, None)
+
+
+def test_a_long_dsn_is_searched_at_once() -> None:
+    """What is no connection string, however long, is told as that before long."""
+    for text in ("x" * 200_000, "x " * 200_000, " " * 200_000, "x" + " " * 200_000):
+        assert dsn_password_key(text) is None
+    assert dsn_password_key(f"{'x' * 200_000} password=hunter2") == "password"
