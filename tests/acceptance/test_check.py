@@ -130,8 +130,8 @@ def test_dead_letter_topics(bench: Bench) -> None:
     letters = bench.handler["dead_letter"]["topic"]
     said = bench.wrong("dead letters", {"dead_letter": {"create": False}})
     assert "dead_letter.create = true" in said
-    said = bench.wrong("dead letters", {"dead_letter": {"replication": 5}})
-    assert f"{letters} cannot be made: `dead_letter.replication` is 5, and there are 1 brokers" in said
+    too_many = bench.wrong("dead letters", {"dead_letter": {"replication": 5}})
+    assert f"{letters} cannot be made: `dead_letter.replication` is 5, and there are 1 brokers" in too_many
     bench.kafka.typed(said.partition("make it: ")[2].partition(";")[0])
     assert OK == bench.look()[0]
     settings = "cleanup.policy=compact,max.message.bytes=1000"
