@@ -38,7 +38,7 @@ Model = TypeVar("Model", Config, HandlerConfig)
 ANY: Final = "*"
 """Any one part of a key path."""
 
-OWN_TABLES: Final = ("checkpoint", "store", "replays", "replay_checkpoint")
+OWN_TABLES: Final = ("checkpoint", "store", "letters", "replays", "replay_checkpoint")
 """The tables of `postgres.schema` that are the daemon's."""
 
 REQUIRED: Final[Mapping[KeyPath, str]] = {
@@ -354,7 +354,7 @@ def own_tables(schema: str, handlers: Sequence[tuple[_File, HandlerConfig]]) -> 
     for file, handler in handlers:
         within, *table = map(folded, table_parts(handler.table.name))
         if within == schema and table in [[name] for name in OWN_TABLES]:
-            sentence = "is the daemon's own table, which holds its checkpoints: name another"
+            sentence = "is a table of the daemon's own: name another"
             yield file, Problem(path=("table", "name"), sentence=sentence)
 
 

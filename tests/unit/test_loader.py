@@ -326,7 +326,7 @@ def test_what_is_no_file_is_told(folder: Path) -> None:
 def test_the_daemons_own_tables_are_not_written_to(folder: Path, name: str) -> None:
     """A handler does not write rows between the checkpoints."""
     (folder / "handlers" / "orders.toml").write_text(HANDLER.replace('"orders"\nwrite', f"'{name}'\nwrite"))
-    told = "is the daemon's own table, which holds its checkpoints: name another"
+    told = "is a table of the daemon's own: name another"
     assert mistakes() == [f"handlers/orders.toml:3: table.name: {told}"]
     (folder / "consumerd.toml").write_text(f'{DAEMON}schema = "other"\n')
     assert len(load(None, environ={}).handlers) == 1
