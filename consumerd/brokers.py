@@ -182,6 +182,13 @@ def gap(partition: TopicPartition, position: int | None, *, low: int, high: int,
     )
 
 
+def refused(error: KafkaException) -> Halt:
+    """Return the halt for properties that no client can be made of."""
+    cause = error.args[0] if error.args else error
+    said = cause.str() if isinstance(cause, ck.KafkaError) else str(cause)
+    return Halt("kafka", f"librdkafka refuses [kafka.properties], or -X: {said}")
+
+
 def positions(partitions: Iterable[TopicPartition]) -> list[ck.TopicPartition]:
     """Return partitions as librdkafka has them."""
     return [ck.TopicPartition(*partition) for partition in partitions]

@@ -250,6 +250,8 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         where = "" if "." in name else " (without a schema it is looked up along search_path)"
         raise Halt("table", f"table {name} does not exist{where}: create it, or correct `table.name`")
     oid, kind, persistence, identifier, schema, missing, schema_usage, role, has_rules, secured, lockable = row
+    if schema in {"pg_catalog", "information_schema", "pg_toast"}:
+        raise Halt("table", f"{name} is a table of Postgres's own catalog: name one of yours in `table.name`")
     if kind not in "rp":
         what = _KINDS.get(kind, "not a table: only tables and partitioned tables are written to")
         raise Halt("table", f"{name} is {what}")

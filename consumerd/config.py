@@ -52,13 +52,13 @@ from consumerd.scalars import (
     parse_named_property,
     parse_setting,
     start_of,
+    table_parts,
     topic_or_pattern,
     with_names,
 )
 
 ALWAYS_THERE: Final = ("@topic", "@partition", "@offset", "@value")
 """Sources that each message has."""
-QUOTE = '"'
 
 
 class _Section(BaseModel):
@@ -149,7 +149,8 @@ class TableConfig(_Section):
     """Where rows go, and how."""
 
     name: Annotated[str, must(is_table, 'must be "table" or "schema.table"')]
-    """The table, `table` or `schema.table`, resolved as psql does. With `${topic}` in it each topic has a table of its
+    """The table, `table` or `schema.table`, resolved as psql does: a part with capitals or dots in it stands in double
+    quotes. With `${topic}` in it each topic has a table of its
     own: the part between dots that holds it is quoted, so `raw.${topic}` is `raw."Orders.v1"` for `Orders.v1`."""
     write: Literal["append", "skip-existing", "upsert"]
     """What a message does: `append` adds a row, `skip-existing` adds it unless a unique index of the table finds it
@@ -183,8 +184,8 @@ class TableConfig(_Section):
     def of(self, topic: str) -> str:
         """Return the name of a topic's table."""
         parts = [
-            f'"{part.strip(QUOTE).replace(TOPIC_PLACE, topic)}"' if TOPIC_PLACE in part else part
-            for part in self.name.split(".")
+            f'"{_unquoted(part).replace(TOPIC_PLACE, topic)}"' if TOPIC_PLACE in part else part
+            for part in table_parts(self.name)
         ]
         return ".".join(parts)
 
@@ -239,6 +240,10 @@ class TableConfig(_Section):
         return sources
 
 
+def _unquoted(part: str) -> str:
+    return part[1:-1] if part.startswith('"') else part
+
+
 class ColumnConfig(_Section):
     """Where a column's value comes from, and what stands in for nothing."""
 
@@ -264,6 +269,8 @@ class ColumnConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _string_is_source(cls, data: object) -> object:
+        if not isinstance(data, str | dict | ColumnConfig):
+            raise ValueError("must be a path as a string, or a table { from = … }")  # noqa: TRY004 (pydantic's way)
         return {"from": data} if isinstance(data, str) else data
 
     @field_validator("default")
@@ -344,6 +351,9 @@ class PoisonConfig(_Section):
     """The time over which messages are counted."""
     min_messages: Count = 1000
     """Messages within the window from which on the share counts."""
+    error_text: bool = False
+    """Whether a letter's `__connect.errors.exception.message`, and the log's line about poison, have the database's own
+    words too (message and detail of its error), or the text of a transform's exception. These hold values of rows."""
 
 
 class DeadLetterConfig(_Section):
@@ -354,7 +364,8 @@ class DeadLetterConfig(_Section):
     create: bool = False
     """Whether it is made at the start when it is missing, with what follows."""
     retention_ms: Annotated[int, must(lambda number: number >= -1, "must be -1 (for ever) or more")] = -1
-    """Milliseconds that its letters are kept; -1 for ever."""
+    """Milliseconds that its letters are kept after they came; -1 for ever. With a number the topic is made with
+    `message.timestamp.type=LogAppendTime`, for a letter has its message's own timestamp and might expire at once."""
     partitions: Count = 1
     """Its partitions."""
     replication: Count = 1

@@ -30,7 +30,8 @@ _SECRET_NAME = re.compile(r"passw(or)?d|passphrase|secret|(^|[._])token$|key[._]
 _PLACE_NAME = re.compile(r"(file|location|path|url)$", re.IGNORECASE)
 _URI_SCHEMES = ("postgresql://", "postgres://")
 _URI = re.compile(r"postgres(?:ql)?://(?:(?P<user>[^/@]*)@)?[^?]*(?:\?(?P<query>.*))?", re.DOTALL)
-_KEY_VALUE = re.compile(r"\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)", re.DOTALL)
+# Names begin at their first letter and are not tried again from within: text without a "=" would take for ever.
+_KEY_VALUE = re.compile(r"(?<!\w)(\w++)\s*+=\s*+('(?:[^'\\]|\\.)*+'|(?:[^\s\\]|\\.)*+)", re.DOTALL)
 
 
 _IS_DERIVED = "the daemon sets fetch and queue sizes itself; write daemon.max_buffered"

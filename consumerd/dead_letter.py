@@ -225,7 +225,7 @@ def headers(
         (f"{CONNECT_PREFIX}stage", STAGES[refusal.stage]),
         (f"{CONNECT_PREFIX}class.name", "consumerd"),
         (f"{CONNECT_PREFIX}exception.class.name", refusal.error),
-        (f"{CONNECT_PREFIX}exception.message", refusal.message),
+        (f"{CONNECT_PREFIX}exception.message", refusal.told(words=handler.poison.error_text)),
         (f"{OUR_PREFIX}group", handler.group_id),
         (f"{OUR_PREFIX}topic_id", topic_id),
         (f"{OUR_PREFIX}epoch", str(epoch) if epoch else None),

@@ -8,7 +8,7 @@ Postgres SQLSTATE to one of these is `consumerd.sqlstate`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class UsageError(ConsumerdError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why one message is not a row. Holds no value of the message, so it may go into headers, logs and metrics."""
+    """Why one message is not a row. But for `words` it holds no value of the message: it may be told anywhere."""
 
     reason: PoisonReason
     stage: Literal["decode", "transform", "write"]
@@ -82,6 +82,12 @@ class Refusal:
     sqlstate: str | None = None
     column: str | None = None
     """Column, or path into the value."""
+    words: str | None = field(default=None, repr=False)
+    """What the database or the exception said itself, values included: told where `[poison] error_text` is set."""
+
+    def told(self, *, words: bool) -> str:
+        """Return the sentence, with their own words if that is wished."""
+        return f"{self.message}: {self.words}" if words and self.words else self.message
 
 
 class Poison(ConsumerdError):

@@ -117,12 +117,12 @@ def run(
 ) -> list[Any]:
     """Call a transform as the daemon does, with one message's value; return the records that it makes: a test's way.
 
-    A skipped record is an empty list. Raises what the transform raises, and TypeError or ValueError for records that
-    are no JSON.
+    A skipped record is an empty list. Raises what the transform raises, and TypeError or ValueError for a value or
+    records that are no JSON.
     """
     ms = None if timestamp is None else (timestamp - EPOCH) // dt.timedelta(milliseconds=1)
     origin = Origin(topic, partition, offset, ms, key, headers)
-    record = Record(decode(value if isinstance(value, bytes) else _encode(value)), origin)
+    record = Record(decode(value if isinstance(value, bytes) else _json(value)), origin)
     (returned,) = results_of(call(transform, [record]), 1) if is_batch(transform) else [call(transform, record)]
     records = list(records_of(returned))
     for made in records:
@@ -161,9 +161,14 @@ def encode(record: object) -> bytes:
 
     Raises TypeError for what is no record of JSON values, ValueError for a number that JSON has not.
     """
-    value = _encode(record)
+    value = _json(record)
     if not value.startswith(b"{"):
         raise TypeError(f"None, a dict or a list of dicts must be returned, not {type(record).__qualname__}")
+    return value
+
+
+def _json(record: object) -> bytes:
+    value = _encode(record)
     if b"null" in value:  # which a float's NaN has become without a word
         json.dumps(msgspec.to_builtins(record), allow_nan=False)
     if b"NaN" in value or b"Infinity" in value:  # a Decimal's own are written as they are

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import re
 import threading
@@ -62,9 +63,9 @@ class HttpServer:
         try:
             self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
-            raise ConsumerdError(
-                f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}; each daemon needs a port of its own"
-            ) from error
+            taken = error.errno == errno.EADDRINUSE
+            way = "each daemon needs a port of its own" if taken else "write an address of this host that it may use"
+            raise ConsumerdError(f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}; {way}") from error
         self._server.daemon_threads = True
         self.address = f"{host}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()

@@ -82,6 +82,14 @@ REJOIN_AFTER = 0.25
 and a broker that restarts quickly need not be joined anew."""
 NO_TOPIC = "consumerd:rejoin"
 """No topic can have this name (Kafka knows no colon in one)."""
+_READ = "grant this principal READ on the topic and on the group"
+FOR_GOOD = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: _READ,
+    KafkaError.GROUP_AUTHORIZATION_FAILED: _READ,
+    KafkaError.INVALID_SESSION_TIMEOUT: 'correct "session.timeout.ms" under [kafka.properties]: brokers allow from '
+    "group.min.session.timeout.ms (6000 by default) to group.max.session.timeout.ms",
+}
+"""What brokers answer to every try, with the way on."""
 FENCED = [KafkaError(code).str() for code in (KafkaError.FENCED_INSTANCE_ID, KafkaError.UNRELEASED_INSTANCE_ID)]
 """What a fatal error says when another consumer has this one's `group.instance.id`. It need not be another process: a
 coordinator that was restarted has fenced the very member that it knew before (seen)."""
@@ -280,7 +288,7 @@ class ConsumerThread(threading.Thread):
         try:
             consumer = ck.Consumer({**self._config, **callbacks})
         except KafkaException as error:
-            self._fail(Halt("kafka", f"librdkafka refuses [kafka.properties]: {_text(error)}"))
+            self._fail(brokers.refused(error))
             return
         self._since = time.monotonic()
         try:
@@ -542,9 +550,9 @@ class ConsumerThread(threading.Thread):
                 self._tell(self._listener.reached_gap, partition, halt)
         elif code in DAMAGED:
             self._stop_at_damage(consumer, message)
-        elif code in {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}:
-            sentence = f"{where}: {error}: grant this principal READ on the topic and on the group"
-            self._tell(self._listener.failed, Halt("kafka", sentence))
+        elif error is not None and code in FOR_GOOD:
+            what = f"group {self._config['group.id']}" if message.topic() is None else where
+            self._tell(self._listener.failed, Halt("kafka", f"{what}: {error.str()}: {FOR_GOOD[error.code()]}"))
         elif error is not None and code == KafkaError._FATAL:  # noqa: SLF001
             self._on_fatal(error.str())
         elif code not in UNKNOWN:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from consumerd import catalog, postgres
 from consumerd.encode import Encoder
 from consumerd.errors import ConfigError, Halt, TableChanged
 from consumerd.packed import Packed
-from consumerd.scalars import is_identifier
+from consumerd.scalars import folded, is_identifier, table_parts
 from consumerd.sinks.append import Append
 from consumerd.sinks.copy import CopyData
 from consumerd.sinks.skip_existing import SkipExisting
@@ -138,7 +137,7 @@ class LiveTable:
 
     async def _read(self, conn: AsyncConnection[Any]) -> None:
         config = self._handler.table
-        if not all(is_identifier(part.strip('"')) for part in re.findall(r'"[^"]*"|[^".]+', self._name)):
+        if not all(is_identifier(folded(part)) for part in table_parts(self._name)):
             raise Halt("table", f"{self._name} is a longer name than Postgres takes: give this topic its own handler")
         async with postgres.errors_of(conn):
             privileges = PRIVILEGES[config.write] + PRIVILEGES.get(config.tombstones, ())

@@ -17,7 +17,6 @@ import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self, TypeVar, get_args
@@ -28,7 +27,7 @@ from pydantic_core import ErrorDetails
 from consumerd.config import Config, DaemonConfig, HandlerConfig
 from consumerd.credentials import dsn_password_key, looks_secret, parse_property
 from consumerd.errors import ConfigError
-from consumerd.scalars import TOPIC_PLACE
+from consumerd.scalars import TOPIC_PLACE, folded, table_parts
 from consumerd.toml_lines import KeyPath, key_lines
 
 SYSTEM_FILE = Path("/etc/consumerd/consumerd.toml")
@@ -37,13 +36,10 @@ LOCAL_FILE = Path("consumerd.toml")
 Model = TypeVar("Model", Config, HandlerConfig)
 
 ANY: Final = "*"
-UNSUPPORTED: Final[Mapping[type[BaseModel], Sequence[tuple[KeyPath, str]]]] = {
-    Config: [],
-    HandlerConfig: [
-        (("poison", "error_text"), ANY),
-    ],
-}
-"""What interface.md has and this version has not: key path, and pattern of the value. Delete a line to allow it."""
+"""Any one part of a key path."""
+
+OWN_TABLES: Final = ("checkpoint", "store", "letters", "replays", "replay_checkpoint")
+"""The tables of `postgres.schema` that are the daemon's."""
 
 REQUIRED: Final[Mapping[KeyPath, str]] = {
     ("kafka", "bootstrap_servers"): 'bootstrap_servers = "localhost:9092"',
@@ -123,7 +119,8 @@ def load(
     models = [
         _validate(HandlerConfig, file, main.path.parent, name=file.path.stem, path=file.path) for file in handlers
     ]
-    for file, problem in conflicts([(file, model) for file, model in zip(handlers, models, strict=True) if model]):
+    sound = [(file, model) for file, model in zip(handlers, models, strict=True) if model]
+    for file, problem in [*conflicts(sound), *(own_tables(config.postgres.schema_name, sound) if config else ())]:
         file.problems.append(problem)
     told = [*refused, *(line for file in (main, *handlers) for line in file.told())]
     if told or config is None:
@@ -178,7 +175,7 @@ def _is_there(path: Path) -> bool:
     """Tell a file, also one that is out of reach: it is told as unreadable, not passed over."""
     try:
         return path.is_file()
-    except PermissionError:
+    except OSError:
         return True
 
 
@@ -192,9 +189,12 @@ def _handlers(main: _File, environ: Mapping[str, str], *, first: bool) -> list[_
     if not isinstance(name, str):
         return []
     folder = main.path.parent / name
-    paths = [path for path in sorted(folder.glob("*.toml")) if _is_there(path) and not path.name.startswith(".")]
-    if not paths and main.sound and not first:
+    try:
+        paths = [path for path in sorted(folder.glob("*.toml")) if not path.name.startswith(".")]
         found = "holds no *.toml file" if folder.is_dir() else "is not a folder"
+    except OSError as error:
+        paths, found = [], f"cannot be read: {error.strerror}"
+    if not paths and main.sound and not first:
         sentence = f"no handlers: {_shown(folder)} {found}; write one file for each handler there"
         main.problems.append(Problem(path=("daemon", "handlers"), sentence=sentence))
     return [_read(path, environ) for path in paths]
@@ -217,7 +217,8 @@ def _read(path: Path, environ: Mapping[str, str]) -> _File:
     try:
         text = path.read_bytes().decode()
     except OSError as error:
-        return file.failed(f"cannot be read: {error.strerror}")
+        found = not isinstance(error, FileNotFoundError)
+        return file.failed(f"cannot be read: {error.strerror if found else 'it is a symbolic link to nothing'}")
     except UnicodeDecodeError as error:
         return file.failed("is not UTF-8 text", error.object.count(b"\n", 0, error.start) + 1)
     try:
@@ -270,7 +271,6 @@ def _validate(model: type[Model], file: _File, folder: Path, **from_file: object
     """Make the model of a file, or note its problems; None when there is no sound model."""
     if not file.sound:
         return None
-    file.problems += _unsupported(model, file.data)
     reserved = [key for key in file.data if key in model.from_file]
     file.problems += [Problem(path=(key,), sentence=_unknown(model, (key,))) for key in reserved]
     sections: dict[str, object] = {name: {} for name in ("kafka", "postgres", "table") if name in model.model_fields}
@@ -289,22 +289,6 @@ def _note(model: type[BaseModel], file: _File, error: ValidationError, within: K
         path = within + tuple(part for part in details["loc"] if part != "[key]")
         if not any(path[:length] in noted for length in range(1, len(path) + 1)):
             file.problems.append(Problem(path=path, sentence=_sentence(model, path, details)))
-
-
-def _unsupported(model: type[BaseModel], data: dict[str, Any]) -> Iterator[Problem]:
-    """Find what `UNSUPPORTED` names."""
-    for path, value in _walk((), data):
-        for pattern, allowed in UNSUPPORTED[model]:
-            if _matches(path, pattern) and (allowed == ANY or (isinstance(value, str) and fnmatchcase(value, allowed))):
-                what = "is" if allowed == ANY else f'"{allowed.replace(ANY, "…")}" is'
-                yield Problem(path=path, sentence=f"{what} not supported by this version")
-
-
-def _walk(path: KeyPath, value: object) -> Iterator[tuple[KeyPath, object]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield (*path, key), item
-            yield from _walk((*path, key), item)
 
 
 def _matches(path: KeyPath, pattern: KeyPath) -> bool:
@@ -363,6 +347,15 @@ def conflicts(handlers: Sequence[tuple[_File, HandlerConfig]]) -> Iterator[tuple
                     f'"{topic}" is the dead-letter topic of handler {letters[topic]}: it would read letters again'
                 )
                 yield file, Problem(path=("topics", index), sentence=sentence)
+
+
+def own_tables(schema: str, handlers: Sequence[tuple[_File, HandlerConfig]]) -> Iterator[tuple[_File, Problem]]:
+    """Find a handler that would write into the daemon's own tables."""
+    for file, handler in handlers:
+        within, *table = map(folded, table_parts(handler.table.name))
+        if within == schema and table in [[name] for name in OWN_TABLES]:
+            sentence = "is a table of the daemon's own: name another"
+            yield file, Problem(path=("table", "name"), sentence=sentence)
 
 
 def _line_of(path: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:

@@ -95,7 +95,7 @@ class Member:
     def __init__(self, config: Config, handler: HandlerConfig, memory: int, accepted: Accepted | None = None) -> None:
         self.config = config
         self.handler = handler
-        self.progress = self._progress_type(handler.name, leads_to(config.path))
+        self.progress = self._progress_type(handler.name, leads_to(config.path), error_text=handler.poison.error_text)
         self.accepted = accepted or Accepted()
         """What an operator has accepted of a halt of the member before this one."""
         self.pause = Pause(self)
@@ -174,8 +174,13 @@ class Member:
     async def _start(self) -> None:
         """Look at everything that must be there before the first message; raises Halt with what to type."""
         if self.handler.transform is not None and self.transformer is None:
-            self.transformer = Transformer(self.handler, self.budget.batch.max_bytes)
-            await self.transformer.start()
+            transformer = Transformer(self.handler, self.budget.batch.max_bytes)
+            try:
+                await transformer.start()
+            except BaseException:
+                await transformer.close()
+                raise
+            self.transformer = transformer
         self._topics = Topics(self.config.kafka)
         found = self._found = self.letters.sources = await self._topics.find(
             self.handler.topics, self._letters_of_all()

@@ -76,6 +76,9 @@ WORDS = {"42601", "42602", "42704", "42883", "42P01"}
 """SQLSTATEs by which some types' input functions (tsquery, ltree, regclass) refuse words. Of a statement they would say
 that it is wrong; where COPY's context names a column, and no function before it, they speak of the value in that."""
 
+WORDS_LENGTH = 1000
+"""Characters of the server's own words that are kept of a refusal."""
+
 _COPY_COLUMN = re.compile(r"COPY .*, line \d+, column ")
 _COPY_LINE = re.compile(r"^COPY .*, line (\d+)", re.MULTILINE)
 
@@ -87,7 +90,8 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         conn = await AsyncConnection.connect("", autocommit=True, prepare_threshold=None, **parameters)
     except psycopg.Error as error:
         # Also a wrong database or role: they have no SQLSTATE here, and may come right without us.
-        raise Outage("postgres", f"cannot connect to Postgres: {_one_line(error)}") from error
+        said = f"cannot connect to Postgres: {_one_line(error)}"
+        raise Outage("postgres", f"{said}: correct [postgres] if it is not merely down") from error
     name = ""
     timer = asyncio.get_running_loop().call_later(SETTINGS_TIMEOUT, cut, conn)
     try:
@@ -289,6 +293,7 @@ def _refusal(error: psycopg.Error, state: str) -> Refusal:
         message=", ".join([f"refused by Postgres: {name}", *details]),
         sqlstate=state,
         column=error.diag.column_name,
+        words="; ".join(filter(None, (error.diag.message_primary, error.diag.message_detail)))[:WORDS_LENGTH] or None,
     )
 
 

@@ -62,10 +62,11 @@ class Totals:
 class Progress:
     """State and counts of one handler."""
 
-    def __init__(self, handler: str, options: str = "") -> None:
+    def __init__(self, handler: str, options: str = "", *, error_text: bool = False) -> None:
         self.handler = handler
         self._options = options
         """What commands that are named lead to the daemon's file with."""
+        self._error_text = error_text
         self.state: State = "starting"
         self.state_since = time.time()
         self.ready = False
@@ -262,6 +263,8 @@ class Progress:
         for what, reasons in self._untold.items():
             if reasons and now - self._told[what] >= LETTERS_INTERVAL:
                 extra = {"handler": self.handler, "latest": _latest(batch), "reasons": dict(reasons)}
+                if self._error_text and batch.refused:
+                    extra["error"] = " ".join(batch.refused[max(batch.refused)].told(words=True).split())
                 log.warning(what, extra=extra)
                 reasons.clear()
                 self._told[what] = now

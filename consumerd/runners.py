@@ -9,6 +9,7 @@ be.
 from __future__ import annotations
 
 import asyncio
+import logging
 import mmap
 import os
 import queue
@@ -20,7 +21,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -34,10 +35,16 @@ if TYPE_CHECKING:
 
     from consumerd.transform import Request, Transform
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 LOOKS: Final = 10
 """Looks at a call within its deadline."""
 START_TIMEOUT: Final = 60.0
 """Seconds that the import of a transform's module may take."""
+START_VISIBLE_AFTER: Final = 3.0
+"""Seconds of an import after which the log says what is waited for."""
 EXIT_TIMEOUT: Final = 5.0
 """Seconds for a process to end by itself once its socket is closed."""
 
@@ -56,7 +63,7 @@ class Runner(Protocol):
     """One place where a transform is called."""
 
     async def start(self) -> None:
-        """Import the function; raises Halt."""
+        """Import the function; raises Halt, and Outage where that may succeed another time."""
 
     async def answer(self, request: Request) -> Answer:
         """Call the function; raises Lost, after which it must be started again, Halt where it cannot be."""
@@ -80,7 +87,7 @@ class InThread:
         threading.Thread(target=self._run, name=f"transform {self._function}", daemon=True).start()
         loaded = self._do(lambda: load(self._function, self._folder))
         try:
-            self._transform = await asyncio.wait_for(loaded, START_TIMEOUT)
+            self._transform = await _imported(loaded, self._function)
         except TimeoutError:
             raise _late_import(self._function) from None
 
@@ -133,13 +140,22 @@ class InProcess:
             self._process = _spawn(theirs.fileno(), cell.fileno())
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         try:
-            answer = await asyncio.wait_for(self._ask(self._setup), START_TIMEOUT)
+            answer = await _imported(asyncio.ensure_future(self._ask(self._setup)), self._setup.function)
         except TimeoutError:
             await self._end()
             raise _late_import(self._setup.function) from None
         except (OSError, EOFError) as error:
-            how = await self._end()
-            raise Halt("transform", f"the import of {self._setup.function} ended its process: {how}") from error
+            code = await self._end()
+            if code < 0:  # whoever did that (an operator, the kernel for want of memory) need not do it again
+                what = f"the worker process that was to import {self._setup.function} {_how(code)}"
+                raise Outage("transform", f"{what}; it is started again") from error
+            raise Halt(
+                "transform",
+                f"the import of {self._setup.function} ended its process: {_how(code)}: a module must not do that",
+            ) from error
+        except BaseException:  # cancelled
+            await self._end()
+            raise
         if answer.halt is not None:
             await self._end()
             raise Halt("transform", answer.halt)
@@ -156,7 +172,7 @@ class InProcess:
             return await _watched(asyncio.ensure_future(self._ask(request)), self._timeout, lambda: self._noted[0])
         except (OSError, EOFError) as error:
             at = self._noted[0]
-            raise Lost(at, "ChildProcessError", f"the worker process {await self._end()}") from error
+            raise Lost(at, "ChildProcessError", f"the worker process {_how(await self._end())}") from error
         except BaseException:  # late, or cancelled: its answer would be taken for the next one's
             await self._end()
             raise
@@ -177,18 +193,17 @@ class InProcess:
         (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
         return msgspec.msgpack.decode(await self._reader.readexactly(length), type=Answer)
 
-    async def _end(self) -> str:
-        """Kill the process if it is there still; return how it ended."""
+    async def _end(self) -> int:
+        """Kill the process if it is there still; return its exit code, or the number of what killed it, below 0."""
         process, self._process = self._process, None
         if process is None:
-            return "was ended"
+            return -signal.SIGKILL
         if self._writer is not None:
             self._writer.close()
         with suppress(subprocess.TimeoutExpired):  # its socket is closed: it may be on its way
             await asyncio.to_thread(process.wait, 1.0)
         process.kill()
-        code = await asyncio.to_thread(process.wait)
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return await asyncio.to_thread(process.wait)
 
 
 def _memory() -> IO[bytes]:
@@ -222,6 +237,22 @@ async def _watched(answer: asyncio.Future[Answer], limit: float, noted: Callable
     finally:
         answer.cancel()
     return answer.result()
+
+
+async def _imported(importing: asyncio.Future[T], function: str) -> T:
+    """Wait for an import, and say what is waited for where it takes long; raises TimeoutError."""
+    visible = min(START_VISIBLE_AFTER, START_TIMEOUT)
+    try:
+        if not (await asyncio.wait([importing], timeout=visible))[0]:
+            extra = {"function": function, "seconds_at_most": START_TIMEOUT}
+            log.warning("the import of a transform's module takes long: waiting for it", extra=extra)
+        return await asyncio.wait_for(importing, START_TIMEOUT - visible)
+    finally:
+        importing.cancel()
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _late_import(function: str) -> Halt:

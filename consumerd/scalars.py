@@ -6,7 +6,7 @@ string value: that might be a password.
 
 import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -28,6 +28,10 @@ MAX_PORT = 65_535
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 _BYTES: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+_TABLE_PART = re.compile(r'"(?:[^"]|"")+"|[^".]+')
+_BOOLEAN_ON = re.compile(r"on|t(r(u(e)?)?)?|y(e(s)?)?|1", re.IGNORECASE)
+"""What Postgres takes for true."""
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 TOPIC_PLACE: Final = "${topic}"
 """Where the topic's name stands in `table.name`."""
 _TOPIC_RULE = "must be a Kafka topic name: 1 to 249 of A-Z a-z 0-9 . _ -"
@@ -113,7 +117,10 @@ def parse_setting(value: tuple[str, object]) -> str:
         raise ValueError("is set by the daemon: consumerd/<handler>")
     if value[0] == "client_encoding":
         raise ValueError("is always UTF8: JSON is, and so is what is written")
-    return scalar_text(value[1], "must be a string, a number, true or false; a name with dots is written in quotes")
+    text = scalar_text(value[1], "must be a string, a number, true or false; a name with dots is written in quotes")
+    if value[0].lower().endswith("transaction_read_only") and _BOOLEAN_ON.fullmatch(text.strip()):
+        raise ValueError("would let nothing be written: take it out")
+    return text
 
 
 def with_names(table: object) -> object:
@@ -160,18 +167,37 @@ def start_of(value: object) -> str | datetime:
         raise ValueError('must be "earliest", "latest" or a time such as 2026-01-31T00:00:00Z')  # noqa: TRY004
     if time.utcoffset() is None:
         raise ValueError("a time needs its zone: write 2026-01-31T00:00:00Z or …+01:00")
+    if time < EPOCH:
+        raise ValueError('must not be before 1970, from when Kafka counts time: write "earliest"')
     return time
 
 
 def is_identifier(name: str) -> bool:
     """Tell a name that Postgres takes whole."""
-    return 0 < len(name.encode(errors="replace")) <= MAX_IDENTIFIER_BYTES and bool(name.strip()) and "\0" not in name
+    return 0 < len(name.encode(errors="replace")) <= MAX_IDENTIFIER_BYTES and "\0" not in name
+
+
+def table_parts(name: str) -> list[str]:
+    """Return "table" or "schema.table" in parts, with their quotes: a dot within these belongs to the name."""
+    parts: list[str] = []
+    position = 0
+    while part := _TABLE_PART.match(name, position):
+        parts.append(part[0])
+        position = part.end() + 1
+        if name[part.end() : position] != ".":
+            break
+    return parts if position == len(name) + 1 else []
+
+
+def folded(part: str) -> str:
+    """Return the name that Postgres takes a part of a table's name for: as it is within quotes, else in lower case."""
+    return part[1:-1].replace('""', '"') if part.startswith('"') else part.lower()
 
 
 def is_table(name: str) -> bool:
-    """Tell "table" or "schema.table"."""
-    parts = name.split(".")
-    return len(parts) in {1, 2} and all(map(is_identifier, parts))
+    """Tell "table" or "schema.table"; quoted parts may hold dots."""
+    parts = table_parts(name)
+    return len(parts) in {1, 2} and all(bool(part.strip()) and is_identifier(folded(part)) for part in parts)
 
 
 def is_function(name: str) -> bool:

@@ -55,6 +55,13 @@ PASSING = {
 }
 """What brokers answer that cannot do it now (Kafka's table of error codes); `KafkaError.retriable()` is True for none.
 """
+OF_THE_TOPIC = {
+    KafkaError.INVALID_REPLICATION_FACTOR,
+    KafkaError.INVALID_PARTITIONS,
+    KafkaError.INVALID_CONFIG,
+    KafkaError.POLICY_VIOLATION,
+}
+"""What brokers answer that do not make a topic as it is asked for."""
 LETTERS = ".dlq"
 """How the name of a dead-letter topic ends unless it was configured otherwise: those of another daemon, which are not
 known here, would be read by one that matches all, and its letters by that one."""
@@ -64,6 +71,9 @@ LOOK_FOR_TOPICS = 10.0
 """Seconds between two looks for topics that a pattern matches, unless topic.metadata.refresh.interval.ms says other."""
 LEAST_LOOK = 100
 """Milliseconds of it at least."""
+LETTERS_EXPIRE = (
+    "letters keep their original timestamps, so old ones expire at once, unless message.timestamp.type is LogAppendTime"
+)
 LETTER_HEADROOM = 64 * 1024
 """Bytes by which a letter may be larger than its message: the headers that say why."""
 
@@ -106,11 +116,15 @@ class Topics:
             settings: dict[str, Any] = {**client_config(kafka), "error_cb": self._on_error}
             self._admin = AdminClient(settings)
         except KafkaException as error:
-            raise ConfigError(f"[kafka.properties]: {error.args[0].str()}") from error
+            raise ConfigError(f"[kafka.properties], or -X: {error.args[0].str()}") from error
 
     async def names(self) -> set[str]:
         """Return all topics that this principal may see."""
         return set(await self._call(self._partitions))
+
+    async def brokers(self) -> int:
+        """Return how many brokers there are now."""
+        return await self._call(lambda: len(self._admin.list_topics(timeout=CALL_TIMEOUT).brokers))
 
     async def find(self, patterns: Iterable[str], never: Iterable[str]) -> dict[str, Topic]:
         """Return the topics that are named, or match a pattern (`^...`); raises Halt when a named one is missing.
@@ -336,7 +350,14 @@ class Topics:
         try:
             future.result(CALL_TIMEOUT)
         except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            refused = error.args[0]
+            if refused.code() in OF_THE_TOPIC:
+                raise Halt(
+                    "dead_letter",
+                    f"dead-letter topic {config.topic} cannot be made: {refused.str()}; correct [dead_letter], which "
+                    f"asks for partitions = {config.partitions} and replication = {config.replication}",
+                ) from error
+            if refused.code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise
 
 
@@ -377,7 +398,7 @@ def _check(topic: str, settings: Mapping[str, str], largest: int, bootstrap: str
     if settings["cleanup.policy"] != "delete":
         wrong.append(("cleanup.policy", "delete", "a compacted topic keeps one letter for each key"))
     if settings["retention.ms"] != "-1" and settings["message.timestamp.type"] != "LogAppendTime":
-        wrong.append(("retention.ms", "-1", "letters keep their original timestamps, so old ones expire at once"))
+        wrong.append(("retention.ms", "-1", LETTERS_EXPIRE))
     if int(settings["max.message.bytes"]) < largest:
         wrong.append(("max.message.bytes", str(largest), "the largest messages would not fit with their headers"))
     if wrong:

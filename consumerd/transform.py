@@ -15,6 +15,7 @@ import inspect
 import sys
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -149,7 +150,7 @@ class Transform:
         except Poison as poison:
             return self._refuse(poison, _sentence(poison))
         except BaseException as error:  # noqa: BLE001 - whatever users' code raises is about this record
-            return self._refuse(error, f"{type(error).__qualname__} at {self._place(error)}")
+            return self._refuse(error, f"{type(error).__qualname__} at {self._place(error)}", words=_words(error))
         else:
             return self._values_of(returned)
         return None
@@ -162,8 +163,8 @@ class Transform:
         except (ValueError, RecursionError) as error:
             return self._refuse(error, f"what {self.name} returned is no JSON")
 
-    def _refuse(self, error: BaseException, message: str) -> Refusal:
-        return Refusal(reason="transform", stage="transform", error=_class_of(error), message=message)
+    def _refuse(self, error: BaseException, message: str, words: str | None = None) -> Refusal:
+        return Refusal(reason="transform", stage="transform", error=_class_of(error), message=message, words=words)
 
     def _place(self, error: BaseException) -> str:
         """Return file and line where an exception comes from: the last in the handlers' folder, or else the last."""
@@ -293,6 +294,13 @@ def _shown(file: Path, folder: Path) -> str:
 
 def _class_of(error: BaseException) -> str:
     return f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+
+
+def _words(error: BaseException) -> str | None:
+    """Return an exception's own text, which may be of any kind; nothing where it has none."""
+    with suppress(Exception):
+        return str(error).encode("utf-8", "replace").decode()[:SENTENCE] or None
+    return None
 
 
 def _sentence(error: Exception) -> str:

@@ -64,10 +64,15 @@ class Transformer:
         self._selects_by_fields = test is not None and bool(where.fields(test))
 
     async def start(self) -> None:
-        """Import the function, everywhere it is to be called; raises Halt with what to mend."""
+        """Import the function, everywhere it is to be called; raises Halt with what to mend, and Outage.
+
+        After either it is to be closed.
+        """
         first, *others = self._runners
         await first.start()  # whose mistakes are the others' too
-        await asyncio.gather(*(runner.start() for runner in others))
+        ends = await asyncio.gather(*(runner.start() for runner in others), return_exceptions=True)
+        for error in filter(None, ends):
+            raise error
         for runner in self._runners:
             self._idle.put_nowait(runner)
 
@@ -137,6 +142,8 @@ class Transformer:
                 answer = await runner.answer(request)
             finally:
                 self._idle.put_nowait(runner)
+        except Outage as outage:  # a process could not be started
+            return Answer([], retry=str(outage))
         except Lost as lost:
             return await self._after(lost, request, again=again)
         if answer.halt is not None:

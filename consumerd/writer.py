@@ -411,7 +411,10 @@ def _be_patient(batch: Batch) -> None:
     now = time.monotonic()
     batch.orphaned_since = batch.orphaned_since or now
     if now - batch.orphaned_since < ORPHAN_PATIENCE:
-        raise Outage("postgres", f"rows of {batch.partition} refer to rows that are not there (yet)")
+        raise Outage(
+            "postgres",
+            f"rows of {batch.partition} refer to rows that are not there (yet), or delete rows that others refer to",
+        )
 
 
 def _refuse_repeats(batch: Batch, lease: Lease) -> None:

@@ -82,8 +82,7 @@ def init(
     if sink is not None:
         proposal = complete(propose_from_connect(loaded, sink, name))
     else:
-        handler = name or table.rpartition(".")[2]
-        proposal = complete(propose(loaded, topic, table, key=key or (), name=handler, count=count))
+        proposal = complete(propose(loaded, topic, table, key=key or (), name=name, count=count))
     typer.echo(proposal.text() if output is Output.text else proposal.line())
     if execute:
         for made in complete(make(loaded, proposal)):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.brokers import Found
-    from consumerd.config import Config, HandlerConfig
+    from consumerd.config import Config, DeadLetterConfig, HandlerConfig
     from consumerd.live_table import LiveTable
     from consumerd.topics import Topic
 
@@ -119,10 +119,8 @@ class Check:
                 await self._step(
                     name,
                     "dead letters",
-                    topics.look_at_dead_letter(handler.dead_letter, found),
-                    lambda seen: (
-                        f"{handler.dead_letter.topic} {'is there' if seen[1] else 'will be made by the first run'}"
-                    ),
+                    self._letters(handler.dead_letter, topics, found),
+                    lambda told: told,
                 )
         if conn is not None:
             tables = LiveTables(handler, partial(postgres.connect, self._config.postgres, "consumerd/check"))
@@ -132,6 +130,19 @@ class Check:
             if ready and allowed:  # without its ACL a group's offsets are waited for in vain
                 looking = self._checkpoint(handler, ready, conn, tables, schema=schema)
                 await self._step(name, "checkpoint", looking, lambda told: told)
+
+    async def _letters(self, config: DeadLetterConfig, topics: Topics, found: Mapping[str, Topic]) -> str:
+        _, there = await topics.look_at_dead_letter(config, found)
+        if there:
+            return f"{config.topic} is there"
+        brokers = await topics.brokers()
+        if config.replication > brokers:
+            raise Halt(
+                "dead_letter",
+                f"{config.topic} cannot be made: `dead_letter.replication` is {config.replication}, and there are "
+                f"{brokers} brokers; correct it",
+            )
+        return f"{config.topic} will be made by the first run"
 
     async def _transform(self, handler: HandlerConfig) -> str:
         transformer = Transformer(handler, handler.batch.max_bytes)
@@ -220,7 +231,10 @@ class Check:
     def _found(self, handler: HandlerConfig, partitions: list[TopicPartition]) -> dict[TopicPartition, Found]:
         """Return bounds and committed offsets; a consumer that subscribes to nothing is no member of its group."""
         settings = {**brokers.client_config(self._config.kafka), "group.id": handler.group_id}
-        consumer = ck.Consumer({**settings, "enable.auto.commit": False})
+        try:
+            consumer = ck.Consumer({**settings, "enable.auto.commit": False})
+        except KafkaException as exception:
+            raise brokers.refused(exception) from exception
         try:
             return brokers.find(consumer, partitions)
         except KafkaException as exception:

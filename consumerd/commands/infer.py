@@ -88,6 +88,8 @@ class Sample:
     others: int = 0
     """Messages that are no JSON object."""
     fields: dict[Path, Seen] = field(default_factory=dict)
+    unnamed: set[Path] = field(default_factory=set)
+    """Those whose names `[columns]` cannot have."""
 
     def always(self, path: Path) -> bool:
         """Whether a field has a value in every message."""
@@ -108,8 +110,12 @@ def observe(values: Iterable[bytes | None]) -> Sample:
             continue
         sample.objects += 1
         for path, inner in _walk((), found):
-            if path not in sample.fields and (len(sample.fields) >= MAX_FIELDS or not _can_be_named(path)):
-                continue
+            if path not in sample.fields:
+                if len(sample.fields) + len(sample.unnamed) >= MAX_FIELDS:
+                    continue
+                if not _can_be_named(path):
+                    sample.unnamed.add(path)
+                    continue
             seen = sample.fields.setdefault(path, Seen())
             seen.kinds[kind_of(inner)] += 1
             if isinstance(inner, int):

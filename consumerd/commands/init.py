@@ -26,6 +26,7 @@ from consumerd.config import HandlerConfig
 from consumerd.errors import ConfigError, Halt
 from consumerd.live_table import LiveTables
 from consumerd.loader import dotted
+from consumerd.scalars import TOPIC_PLACE, folded, is_table, is_topic, table_parts
 from consumerd.topics import Topics
 from consumerd.types import TopicPartition
 
@@ -82,8 +83,17 @@ class Proposal:
         return json.dumps({"path": str(self.path), "toml": self.toml, "sql": self.sql})
 
 
-async def propose(config: Config, topic: str, table: str, *, key: Sequence[str], name: str, count: int) -> Proposal:
+async def propose(
+    config: Config, topic: str, table: str, *, key: Sequence[str], name: str | None, count: int
+) -> Proposal:
     """Look at topic and table, and return what would join them; raises ConfigError, Outage, Halt. Makes nothing."""
+    if TOPIC_PLACE in table:
+        raise ConfigError(f"{table}: init looks at one table; name that of {topic}, and write {TOPIC_PLACE} afterwards")
+    if not is_table(table):
+        raise ConfigError(f'{table}: TABLE must be "table" or "schema.table", in double quotes what has dots in it')
+    name = name or table_parts(table)[-1].strip('"')
+    if not is_topic(name):
+        raise ConfigError(f"{name}: no handler can have this name: give it another with --name, of A-Z a-z 0-9 . _ -")
     path = config.daemon.handlers / f"{name}.toml"
     if path.exists():
         raise ConfigError(f"{path} is there already, and is never overwritten: give the new one another --name")
@@ -148,9 +158,14 @@ def _matched(table: catalog.Table, seen: Sample) -> list[str]:
     used = {path for path, _ in found.values()}
     left = [path for path in seen.fields if not any(path[: len(other)] == other for other in used)]
     left = [path for path in left if "object" not in seen.fields[path].values]
-    if left:
-        lines.append(f"# Fields that go nowhere: {', '.join(written(path) for path in left)}")
-    return lines
+    return lines + _nowhere([written(path) for path in left], seen)
+
+
+def _nowhere(names: list[str], seen: Sample) -> list[str]:
+    """Return the line that tells of fields that no column takes."""
+    if seen.unnamed:
+        names = [*names, f"{len(seen.unnamed)} whose names (quotes, control characters, a $) cannot be written here"]
+    return [f"# Fields that go nowhere: {', '.join(names)}"] if names else []
 
 
 def _made(table: str, seen: Sample, key: Sequence[str]) -> tuple[list[str], str]:
@@ -165,12 +180,14 @@ def _made(table: str, seen: Sample, key: Sequence[str]) -> tuple[list[str], str]
         parts.append(f"    {sql.Identifier(name).as_string()} {kind}{must}")
     if key:
         parts.append(f"    PRIMARY KEY ({', '.join(sql.Identifier(name).as_string() for name in key)})")
-    target = sql.Identifier(*table.lower().split(".")).as_string()
+    names = [folded(part) for part in table_parts(table)]
+    target = sql.Identifier(*names).as_string()
     lines = ",\n".join(parts)
     make = f"CREATE TABLE {target} (\n{lines}\n);"
-    if "." in table:
-        make = f"CREATE SCHEMA IF NOT EXISTS {sql.Identifier(table.lower().split('.')[0]).as_string()};\n{make}"
-    return [f"{_key(name)} = {_quoted(written(path))}    # {kind}" for name, (path, kind) in columns.items()], make
+    if len(names) > 1:
+        make = f"CREATE SCHEMA IF NOT EXISTS {sql.Identifier(names[0]).as_string()};\n{make}"
+    mapped = [f"{_key(name)} = {_quoted(written(path))}    # {kind}" for name, (path, kind) in columns.items()]
+    return mapped + _nowhere([], seen), make
 
 
 def _file(

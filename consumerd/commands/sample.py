@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import confluent_kafka as ck
 from confluent_kafka import KafkaError, KafkaException
 
-from consumerd.brokers import CALL_TIMEOUT, client_config, positions
+from consumerd.brokers import CALL_TIMEOUT, client_config, positions, refused
 from consumerd.errors import Outage
 from consumerd.topics import meaning
 from consumerd.types import TopicPartition
@@ -44,7 +44,10 @@ def sample(kafka: KafkaConfig, partitions: Sequence[TopicPartition], count: int,
         "auto.offset.reset": "error",
         "queued.max.messages.kbytes": QUEUE_KBYTES,
     }
-    consumer = ck.Consumer(settings)
+    try:
+        consumer = ck.Consumer(settings)
+    except KafkaException as exception:
+        raise refused(exception) from exception
     try:
         return _chosen(consumer, partitions, count, first=first)
     except KafkaException as exception:

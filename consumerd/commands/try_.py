@@ -8,7 +8,7 @@ those are decoded alone, for a unique index would refuse them now.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,8 @@ class Trial:
     def _entries(self, tried: Tried) -> list[dict[str, Any]]:
         place = {"topic": tried.partition.topic, "partition": tried.partition.partition, "offset": tried.offset}
         if tried.refused is not None:
-            return [{**place, "refused": tried.refused}]
+            told = {name: value for name, value in asdict(tried.refused).items() if name != "words"}
+            return [{**place, "refused": told}]
         if tried.skipped is not None:
             return [{**place, "skipped": tried.skipped}]
         return [

@@ -11,6 +11,7 @@ cost as much as the row. All names in it are made here (`f0`, `f1`, ...), none c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -34,6 +35,8 @@ from consumerd.formats.values import (
 )
 from consumerd.paths import Path, shown
 
+_ESCAPED = re.compile(r'["\\\x00-\x1f]')
+"""What msgspec takes no name with: in JSON it is escaped."""
 _NULL: Final = b"null"
 UNREAD: Final = (msgspec.Raw, msgspec.Raw(b""))
 """Type and default of what no column reads."""
@@ -134,10 +137,11 @@ class Compiler:
                 forbid_unknown_fields=self._strict,
             )
         except ValueError as error:
-            names = ", ".join(map(repr, node.below))
+            names = ", ".join(repr(name) for name in rename.values() if _ESCAPED.search(name))
             raise ConfigError(
-                f"one of the names {names} has a quote, a backslash or a control character in it, which "
-                "cannot be read from JSON by this version: map the column to another name"
+                f"the message's field {names} has a double quote, a backslash or a control character in its name, "
+                "which cannot be read from JSON by this version: leave the column out under [columns], take all of "
+                '"@value", or rename the field in a [transform]'
             ) from error
 
     def _array(self, node: Node, source: str, guards: tuple[str, ...]) -> type[msgspec.Struct]:

@@ -130,6 +130,8 @@ def test_dead_letter_topics(bench: Bench) -> None:
     letters = bench.handler["dead_letter"]["topic"]
     said = bench.wrong("dead letters", {"dead_letter": {"create": False}})
     assert "dead_letter.create = true" in said
+    too_many = bench.wrong("dead letters", {"dead_letter": {"replication": 5}})
+    assert f"{letters} cannot be made: `dead_letter.replication` is 5, and there are 1 brokers" in too_many
     bench.kafka.typed(said.partition("make it: ")[2].partition(";")[0])
     assert OK == bench.look()[0]
     settings = "cleanup.policy=compact,max.message.bytes=1000"
@@ -290,3 +292,11 @@ def test_a_transform(bench: Bench) -> None:
     (bench.folder / "handlers" / "parts.py").write_text("def transform(record):\n    return record\n")
     code, found = bench.look(transform)
     assert (OK, (True, "parts:transform is there")) == (code, found["transform"])
+
+
+def test_properties_of_which_no_consumer_can_be_made(bench: Bench) -> None:
+    """What only a consumer refuses is a sentence, as `run` says it, and no traceback."""
+    bench.config["kafka"]["properties"] = {"group.protocol": "consumer", "session.timeout.ms": "6000"}
+    said = bench.wrong("checkpoint")
+    assert said.startswith("librdkafka refuses [kafka.properties], or -X: ")
+    assert "`session.timeout.ms` is not supported for `group.protocol=consumer`" in said

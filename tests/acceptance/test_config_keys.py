@@ -114,7 +114,8 @@ def test_the_dead_letter_topic_is_made_as_told(
         },
         wait=False,
     )
-    expect_halt(run, "too_many", "replication factor of 2")
+    why = "dead-letter topic consumerd.too_many.dlq cannot be made: "
+    expect_halt(run, "too_many", why, "replication factor of 2", "correct [dead_letter]", "replication = 2")
     send(kafka, name)
     for table in ("by_default", "as_told"):
         expect_rows(database, table)

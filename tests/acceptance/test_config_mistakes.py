@@ -80,7 +80,11 @@ max_age = 5
         (["run", "-X", "nonsense"], USAGE, "write NAME=VALUE"),
         (["run", "-X", "enable.auto.commit=true"], CONFIG, "enable.auto.commit"),
         (["run", "-X", "group.id=mine"], CONFIG, "group.id"),
-        (["run", "-X", "bogus.property=1"], CONFIG, "bogus.property"),
+        (
+            ["run", "-X", "bogus.property=1"],
+            CONFIG,
+            '[kafka.properties], or -X: No such configuration property: "bogus',
+        ),
         (["run", "--log-level", "loud"], USAGE, "debug, info, warning, error"),
         (["setup", "--log-level", "loud"], USAGE, "debug, info, warning, error"),
         (["run", "--nonsense"], USAGE, "No such option: --nonsense"),
@@ -106,7 +110,7 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         path = config(tmp_path, "host=127.0.0.1 port=1", daemon={"listen": listen})
         done = consumerd("run", "-c", str(path), cwd=tmp_path)
     assert (FAILED, 1) == (done.returncode, len(done.stderr.splitlines()))
-    assert f"cannot listen on {listen} (daemon.listen)" in done.stderr
+    assert f"cannot listen on {listen} (daemon.listen): Address already in use; each daemon needs" in done.stderr
 
 
 def test_the_command_line_wins(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:

@@ -10,7 +10,8 @@ from confluent_kafka.admin import AdminClient
 
 from tests.acceptance.events import MakeEvents, wait_for_halt
 from tests.acceptance.halts import TIMEOUT, expect_halt, handler, landed, letters, restart
-from tests.acceptance.stream import rows
+from tests.acceptance.stream import letters as stream_letters
+from tests.acceptance.stream import rows, source_of
 from tests.conftest import MakeDaemon, MakeTopic
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import wait_until
@@ -64,6 +65,40 @@ def test_what_is_passed_over_stays_so_through_kills(database: str, events: MakeE
     found = rows(database, "events")
     assert set(found) == made.stream.good()
     assert max(found.values()) == 1
+
+
+def test_error_text(kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon) -> None:
+    """`error_text`: the words of Postgres and of a transform's exception are in letters and log then, and only then."""
+    name, secret = topic(), "8675309"
+    raises = "def transform(it):\n    if it['n'] == 13:\n        raise ValueError('of thirteen')\n    return it\n"
+    handlers: dict[str, dict[str, Any]] = {}
+    for table, error_text in (("silent", False), ("told", True)):
+        execute(database, f"CREATE TABLE {table} (id bigint, n bigint CHECK (n <> {secret}))")
+        poison = {"error_text": error_text, "max_ratio": 1.0}
+        of = {
+            "transform": {"function": "raising:transform"},
+            "dead_letter": {"create": True, "topic": f"{name}.{table}"},
+        }
+        handlers[table] = handler(name, table, poison=poison, **of)
+    run = daemon({**handlers, "raising.py": raises})
+    send(kafka, name, 0, int(secret), 13)
+    said: dict[str, list[str]] = {}
+    for table in handlers:
+        wait_until(lambda table=table: letters(kafka, f"{name}.{table}") == 2, TIMEOUT, "letters")  # type: ignore[misc]
+        found = sorted(stream_letters(kafka.bootstrap, f"{name}.{table}"), key=source_of)
+        messages = [dict(letter.headers() or [])["__connect.errors.exception.message"] for letter in found]
+        said[table] = [str(message, "utf-8") for message in messages if isinstance(message, bytes)]
+    assert run.stop() == 0
+    assert said["silent"][0] == "refused by Postgres: CheckViolation, constraint silent_n_check"
+    assert said["told"][0].startswith(
+        "refused by Postgres: CheckViolation, constraint told_n_check: new row for relation"
+    )
+    assert said["told"][0].endswith(f"Failing row contains (1, {secret}).")
+    assert said["told"][1] == f"{said['silent'][1]}: of thirteen"
+    lines = [json.loads(line) for line in run.logs().splitlines() if '"dead-lettered"' in line]
+    assert {"told"} == {line["handler"] for line in lines if "error" in line}
+    assert {"silent", "told"} == {line["handler"] for line in lines}
+    assert secret not in "".join(line for line in run.logs().splitlines() if '"told"' not in line)
 
 
 @pytest.mark.parametrize(

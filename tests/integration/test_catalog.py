@@ -32,7 +32,7 @@ async def read(database: str, make: str, **keys: object) -> LiveTable:
     handler = HandlerConfig.model_validate(
         {"name": "t", "path": Path("t.toml"), "topics": ["t"], "table": {"name": "t", "write": "append"}, **keys}
     )
-    table = LiveTable(handler, lambda: connected(database), "t", STAGING)
+    table = LiveTable(handler, lambda: connected(database), handler.table.name, STAGING)
     conn = await connected(database)
     try:
         await table.make_ready(conn)
@@ -44,6 +44,11 @@ async def read(database: str, make: str, **keys: object) -> LiveTable:
 NOT_WRITTEN_TO: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "view": ("CREATE VIEW t AS SELECT 1 AS id", {}, ["t is a view", "`table.name`"]),
     "materialized view": ("CREATE MATERIALIZED VIEW t AS SELECT 1 AS id", {}, ["t is a materialized view"]),
+    "catalog": (
+        "SELECT",
+        {"table": {"name": "pg_class", "write": "append"}},
+        ["pg_class is a table of Postgres's own catalog", "`table.name`"],
+    ),
     "sequence": ("CREATE SEQUENCE t", {}, ["t is not a table"]),
     "foreign table": (
         f"{FOREIGN} CREATE FOREIGN TABLE t (id int) SERVER s",

@@ -177,6 +177,20 @@ async def test_refusal_names_constraint_and_column(conn: AsyncConnection[object]
     ]
 
 
+async def test_the_servers_words_are_kept_apart(conn: AsyncConnection[object]) -> None:
+    """What Postgres says of a row, with its values, is in `words` alone, and no longer than a header may be."""
+    with pytest.raises(Rejected) as caught:
+        await run(conn, f"INSERT INTO t (id, checked) VALUES (7, '{SECRET}!')")
+    refusal = caught.value.refusal
+    assert refusal.words is not None
+    assert refusal.words.startswith('new row for relation "t" violates check constraint "t_checked_check"; Failing row')
+    assert SECRET in refusal.words
+    assert SECRET not in f"{refusal!r} {caught.value} {refusal.told(words=False)}"
+    with pytest.raises(Rejected) as caught:
+        await run(conn, f"SELECT '{'x' * 5000}'::int")
+    assert len(caught.value.refusal.words or "") == postgres.WORDS_LENGTH
+
+
 async def test_copy_names_the_row(conn: AsyncConnection[object]) -> None:
     """A row that COPY refuses is named by its position from 0."""
     for bad in (0, 1, 4):
@@ -261,13 +275,13 @@ async def test_closed_by_us(conn: AsyncConnection[object]) -> None:
 @pytest.mark.parametrize("dsn", ["host=127.0.0.1 port={port} dbname=x", "host={folder} dbname=x", "host=no.invalid"])
 async def test_connection_refused(dsn: str, tmp_path: Path) -> None:
     """A server that is not there is an outage, with the sentence that libpq has for it."""
-    with pytest.raises(Outage, match=r"cannot connect to Postgres: .+"):
+    with pytest.raises(Outage, match=r"cannot connect to Postgres: .+: correct \[postgres\] if it is not merely down"):
         await connected(dsn.format(port=free_port(), folder=tmp_path))
 
 
 async def test_no_such_database(database: str) -> None:
     """A database that is not there may come: an outage, with the server's sentence."""
-    with pytest.raises(Outage, match="does not exist"):
+    with pytest.raises(Outage, match="does not exist: correct"):
         await connected(psycopg.conninfo.make_conninfo(database, dbname="nowhere"))
 
 

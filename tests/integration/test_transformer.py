@@ -266,8 +266,50 @@ def test_a_mistake_is_told_at_the_start(folder: Path, workers: int, function: st
 def test_an_import_that_ends_the_process_is_told(folder: Path) -> None:
     """A module whose import ends its process is a sentence, and no process is started again and again."""
     (folder / "ends.py").write_text("import os\nos._exit(5)\n")
-    with pytest.raises(Halt, match="the import of ends:transform ended its process: ended with exit code 5"):
+    with pytest.raises(Halt, match="the import of ends:transform ended its process: ended with exit code 5: a module"):
         using(folder, lambda transformer: transformer.complete(batch(1)), workers=1, function="ends:transform")
+
+
+def test_a_process_that_is_killed_while_it_imports(folder: Path) -> None:
+    """A signal that ends a process at its start is an outage: it is started again, and no call is lost meanwhile."""
+    marks = [folder / "first", folder / "second"]
+    killed = "import os, pathlib, signal\nfrom work import transform\nfor mark in {}:\n    if not mark.exists():\n"
+    killed += "        mark.touch()\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed = killed.format([f"pathlib.Path({str(mark)!r})" for mark in marks]).replace('"', "")
+    (folder / "killed.py").write_text(killed)
+
+    async def tried(transformer: Transformer) -> list[int | str]:
+        runner = transformer._runners[0]
+        assert isinstance(runner, InProcess)
+        await runner._end()
+        marks[1].unlink()
+        it = batch(3)
+        with pytest.raises(Outage, match="killed:transform was killed by SIGKILL; it is started again"):
+            await transformer.complete(it)
+        await transformer.complete(it)
+        return numbers(it)
+
+    words = "the worker process that was to import killed:transform was killed by SIGKILL; it is started again"
+    for _ in marks:
+        with pytest.raises(Outage, match=words) as raised:
+            using(folder, tried, workers=2, function="killed:transform")
+        assert raised.value.source == "transform"
+    assert [0, 1, 2] == using(folder, tried, workers=2, function="killed:transform")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_long_import_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    """An import that takes a while is a line in the log that names the function, and then goes on."""
+    monkeypatch.setattr("consumerd.runners.START_VISIBLE_AFTER", 0.1)
+    monkeypatch.delitem(sys.modules, "late", raising=False)
+    (folder / "late.py").write_text("import time\ntime.sleep(1)\nfrom work import transform\n")
+    it = batch(1)
+    using(folder, lambda transformer: transformer.complete(it), workers=workers, function="late:transform")
+    assert [0] == numbers(it)
+    (told,) = [record for record in caplog.records if record.name == "consumerd.runners"]
+    assert ("late:transform", 60.0) == (vars(told)["function"], vars(told)["seconds_at_most"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

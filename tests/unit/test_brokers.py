@@ -1,10 +1,14 @@
 """What librdkafka is told about memory follows from the bound."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, KafkaError
 
 from consumerd.brokers import FETCHED_PARTITIONS, MAX_FETCH, POLL_INTERVAL_MS, consumer_config
 from consumerd.config import KafkaConfig
+from consumerd.kafka import ConsumerThread
 
 MIB = 1 << 20
 
@@ -44,3 +48,23 @@ def test_how_long_a_group_waits_for_a_member(properties: dict[str, str | int], i
     config = consumer_config(kafka, "group", MIB)
     assert int(config["max.poll.interval.ms"]) == interval
     Consumer(config).close()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (KafkaError.GROUP_AUTHORIZATION_FAILED, "grant this principal READ on the topic and on the group"),
+        (KafkaError.INVALID_SESSION_TIMEOUT, 'correct "session.timeout.ms" under [kafka.properties]'),
+    ],
+)
+def test_what_brokers_always_refuse(code: int, words: str) -> None:
+    """What a group refuses, and will refuse again, is a halt that begins with the group and ends with the way on."""
+    told: list[Exception] = []
+    listener = SimpleNamespace(failed=None)
+    thread: Any = SimpleNamespace(
+        _config={"group.id": "mine"}, _listener=listener, _tell=lambda _, halt: told.append(halt)
+    )
+    message: Any = SimpleNamespace(error=lambda: KafkaError(code), topic=lambda: None, partition=lambda: 0)
+    ConsumerThread._on_event(thread, SimpleNamespace(), message)  # type: ignore[arg-type]
+    (halt,) = told
+    assert str(halt).startswith(f"group mine: {KafkaError(code).str()}: {words}")

@@ -247,16 +247,21 @@ def test_start(value: object, expected: object) -> None:
         (date(2026, 1, 31), "must be"),
         (datetime(2026, 1, 31), "a time needs its zone"),  # noqa: DTZ001 (what is refused)
         ("2026-01-31T00:00:00", "a time needs its zone"),
+        ("1960-01-01T00:00:00Z", "must not be before 1970"),
+        ("0001-01-01T00:00:00+01:00", "must not be before 1970"),
     ],
 )
 def test_other_starts_are_refused(value: object, word: str) -> None:
-    """A start is no other word, and no time without its zone."""
+    """A start is no other word, no time without its zone, and none that Kafka cannot count."""
     assert mistakes(HandlerConfig, {**HANDLER, "start": value})["start"].startswith(word)
 
 
-@pytest.mark.parametrize("name", ["orders", "sales.orders", "Sales.Order Lines"])
+@pytest.mark.parametrize(
+    "name",
+    ["orders", "sales.orders", "Sales.Order Lines", 'raw."ev.Alpha"', '"s.x"."t.y"', '"a ""b"" c.d"', '" "', "x" * 63],
+)
 def test_table_names(name: str) -> None:
-    """A table is named with or without its schema."""
+    """A table is named with or without its schema; what stands in double quotes may hold dots."""
     assert TableConfig(name=name, write="append").name == name
 
 
@@ -270,6 +275,7 @@ def test_table_names(name: str) -> None:
         ('raw."${topic}"', True, 'raw."Orders.v1-eu"'),
         ("raw.t_${topic}_x", True, 'raw."t_Orders.v1-eu_x"'),
         ("${topic}.events", True, '"Orders.v1-eu".events'),
+        ('"ev.raw"."${topic}.x"', True, '"ev.raw"."Orders.v1-eu.x"'),
     ],
 )
 def test_the_table_of_a_topic(name: str, by_topic: bool, table: str) -> None:
@@ -278,7 +284,10 @@ def test_the_table_of_a_topic(name: str, by_topic: bool, table: str) -> None:
     assert (it.by_topic, it.of("Orders.v1-eu")) == (by_topic, table)
 
 
-@pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a.b.c", " ", "x" * 64, "a\0"])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "a.", ".a", "a.b.c", " ", "x" * 64, "a\0", '"a', 'a"b', '""', '"a"b', f'"{"x" * 64}"', '"a"."b"."c"'],
+)
 def test_other_table_names_are_refused(name: str) -> None:
     """No part of a table's name is empty or too long for Postgres."""
     assert mistakes(TableConfig, {"name": name, "write": "append"}) == {"name": 'must be "table" or "schema.table"'}
@@ -428,18 +437,22 @@ def test_postgres() -> None:
             "dsn": {"env": "URL"},
             "password": {"file": "pw"},
             "schema": "s",
-            "settings": {"statement_timeout": "5s", "work_mem": 4096, "jit": False},
+            "settings": {"statement_timeout": "5s", "work_mem": 4096, "jit": False, "transaction_read_only": "off"},
         },
     )
     assert (it.dsn, it.password) == (Secret(env="URL"), Secret(file=Path("/etc/consumerd/pw")))
     assert it.schema_name == "s"
-    assert it.settings == {"statement_timeout": "5s", "work_mem": "4096", "jit": "false"}
+    read_only = {"transaction_read_only": "off"}
+    assert it.settings == {"statement_timeout": "5s", "work_mem": "4096", "jit": "false", **read_only}
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"application_name": "x"}, "is set by the daemon: consumerd/<handler>"),
+        ({"default_transaction_read_only": "on"}, "would let nothing be written: take it out"),
+        ({"default_transaction_read_only": True}, "would let nothing be written: take it out"),
+        ({"Transaction_Read_Only": "Yes"}, "would let nothing be written: take it out"),
         ({"app": {"x": 1}}, "must be a string, a number, true or false; a name with dots is written in quotes"),
     ],
 )
@@ -476,3 +489,8 @@ def test_unknown_keys_are_refused(model: type[BaseModel], data: dict[str, Any]) 
     """A key that TOML has not is refused, our attributes' own names included."""
     with pytest.raises(ValidationError, match="Extra inputs"):
         from_toml(model, data)
+
+
+def test_a_column_may_have_any_name() -> None:
+    """A column's name is what Postgres takes: a single blank, too."""
+    assert handler(columns={" ": "a"}).columns == {" ": ColumnConfig(source="a")}

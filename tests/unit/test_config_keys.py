@@ -77,6 +77,7 @@ TESTS: dict[str, str] = {
     "poison.max_ratio": "acceptance/test_halts.py::test_a_topic_full_of_poison_trips_the_breaker",
     "poison.window": "unit/test_config_keys.py::test_window",
     "poison.min_messages": "acceptance/test_halts.py::test_a_topic_full_of_poison_trips_the_breaker",
+    "poison.error_text": "acceptance/test_poison_action.py::test_error_text",
     "poison.action": "acceptance/test_poison_action.py::test_poison_is_passed_over",
     "dead_letter.topic": "acceptance/test_config_keys.py::test_the_dead_letter_topic_is_made_as_told",
     "dead_letter.create": "acceptance/test_halts.py::test_a_mistake_halts_its_handler_alone_and_says_what_to_type",

@@ -2,14 +2,14 @@
 
 import datetime as dt
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from consumerd.accumulator import Batch
 from consumerd.catalog import Column, Table
-from consumerd.config import HandlerConfig
+from consumerd.config import HandlerConfig, PoisonConfig
 from consumerd.dead_letter import headers
 from consumerd.encode import Encoder
 from consumerd.errors import Refusal
@@ -139,6 +139,19 @@ def test_names_and_values() -> None:
         "consumerd.timestamp": "1600000000123",
         "consumerd.attempt": "1",
     }
+
+
+@pytest.mark.parametrize("error_text", [False, True])
+def test_error_text(error_text: bool) -> None:
+    """The database's own words are in a letter where `poison.error_text` says so, and only there."""
+    words = "duplicate key value; Key (id)=(8675309) already exists."
+    refusal = replace(REFUSAL, words=words)
+    handler = HANDLER.model_copy(update={"poison": PoisonConfig(error_text=error_text)})
+    message = Fake()
+    found = dict(headers(handler, batch(message), message, refusal))
+    expected = f"{REFUSAL.message}: {words}" if error_text else REFUSAL.message
+    assert expected.encode() == found.pop(f"{CONNECT}exception.message")
+    assert not any(b"8675309" in (value or b"") for value in found.values())
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -116,3 +116,10 @@ def test_names_that_cannot_be_written() -> None:
     """A field whose name TOML cannot have here is passed over."""
     names = ["a\"b'c", "${HOME}", "", 'x\nsecret = "@value"', "tab\t", "back\\slash"]
     assert [("good",)] == list(sample({"good": 1, **dict.fromkeys(names, 1)}).fields)
+
+
+def test_what_cannot_be_written_is_counted() -> None:
+    """Fields whose names cannot be written are told in number: they are in the messages, and go nowhere."""
+    found = sample({"good": 1, "x\ny": 1, "in": {"$": 1}}, {"x\ny": 2, "back\\slash": 1})
+    assert {("x\ny",), ("in", "$"), ("back\\slash",)} == found.unnamed
+    assert [("good",), ("in",)] == list(found.fields)

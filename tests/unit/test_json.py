@@ -355,9 +355,10 @@ def test_any_name(column: str) -> None:
 
 
 def test_a_name_that_json_must_escape() -> None:
-    """A name with a quote in it is refused by a sentence that names it."""
-    with pytest.raises(ConfigError, match='a"b'):
-        decoder((field("numeric", 'a"b'),))
+    """Names with a quote or a backslash in them are refused by a sentence that names them, no others, and a way on."""
+    with pytest.raises(ConfigError, match=r"field 'a\"b', 'c\\\\d' has .*\[transform\]") as raised:
+        decoder(tuple(field("numeric", name) for name in ("good", 'a"b', "it's", "c\\d")))
+    assert "good" not in str(raised.value)
 
 
 # A batch of messages.

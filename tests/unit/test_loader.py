@@ -12,7 +12,7 @@ from consumerd import loader
 from consumerd.config import Config, HandlerConfig
 from consumerd.credentials import Secret
 from consumerd.errors import ConfigError
-from consumerd.loader import REQUIRED, UNSUPPORTED, dotted, load, load_daemon
+from consumerd.loader import REQUIRED, dotted, load, load_daemon
 from consumerd.toml_lines import key_lines
 
 DAEMON = """\
@@ -180,7 +180,7 @@ def test_wrong_types_are_told_in_plain_words(folder: Path, line: str, told: str)
         ("topics = [5]", "topics[0]: must be a string, in quotes"),
         ("topics = ['a']\npoison.max_ratio = 'x'", "poison.max_ratio: must be a number"),
         ("topics = ['a']\ncolumns = 'x'", "columns: must be a table"),
-        ("topics = ['a']\ncolumns.a = 5", "columns.a: must be a table"),
+        ("topics = ['a']\ncolumns.a = 5", "columns.a: must be a path as a string, or a table { from = … }"),
         ("topics = ['a']\nformat = 'avro'", 'format: must be "json"'),
         ("topics = ['a']\nname = 'x'", "name: unknown key; valid here: "),
         (
@@ -195,30 +195,6 @@ def test_wrong_types_of_a_handler(folder: Path, line: str, told: str) -> None:
     (folder / "handlers" / "orders.toml").write_text(f"{line}\n[table]\nname = 't'\nwrite = 'append'\n")
     (found,) = mistakes()
     assert found.partition(": ")[2].startswith(told)
-
-
-UNSUPPORTED_LINES = [
-    ("orders", "poison.error_text = true", "poison.error_text: is"),
-]
-
-
-@pytest.mark.parametrize(("file", "line", "told"), UNSUPPORTED_LINES)
-def test_later_keys_are_told_once(folder: Path, file: str, line: str, told: str) -> None:
-    """A key of interface.md that this version lacks gets one sentence, not the one for typing errors."""
-    path = folder / ("consumerd.toml" if file == "consumerd.toml" else "handlers/orders.toml")
-    sound = {
-        "consumerd.toml": 'kafka.bootstrap_servers = "b"\npostgres.dsn = "host=db"\n',
-        "orders": 'topics = ["orders"]\ntable.name = "t"\n' + ("" if "write" in line else 'table.write = "append"\n'),
-    }
-    path.write_text(sound[file] + line + "\n")
-    (found,) = mistakes()
-    assert found.partition(": ")[2] == f"{told} not supported by this version"
-
-
-def test_each_later_key_is_tested() -> None:
-    """The cases above name every key of the table of unsupported ones."""
-    named = {told.removesuffix(" is").partition(":")[0] for _, _, told in UNSUPPORTED_LINES}
-    assert named == {dotted(path) for rules in UNSUPPORTED.values() for path, _ in rules}
 
 
 def test_no_password_is_told(folder: Path) -> None:
@@ -327,11 +303,33 @@ def test_overrides_win(folder: Path) -> None:
 def test_no_handlers_says_where_it_looked(folder: Path) -> None:
     """A folder without handlers, or no folder, is named."""
     (folder / "handlers" / "orders.toml").rename(folder / "handlers" / ".orders.toml")
-    (folder / "handlers" / "x.toml").mkdir()
     told = "write one file for each handler there"
     assert mistakes() == [f"consumerd.toml: daemon.handlers: no handlers: handlers holds no *.toml file; {told}"]
     (folder / "consumerd.toml").write_text(f'{DAEMON}[daemon]\nhandlers = "h"\n')
     assert mistakes() == [f"consumerd.toml:6: daemon.handlers: no handlers: h is not a folder; {told}"]
+    (folder / "consumerd.toml").write_text(f'{DAEMON}[daemon]\nhandlers = "{"h" * 300}"\n')
+    (found,) = mistakes()
+    assert found.endswith(f"cannot be read: File name too long; {told}")
+
+
+def test_what_is_no_file_is_told(folder: Path) -> None:
+    """A link that leads nowhere, and a folder, are not passed over: somebody takes them for handlers."""
+    (folder / "handlers" / "dir.toml").mkdir()
+    (folder / "handlers" / "link.toml").symlink_to("/nowhere/link.toml")
+    assert mistakes() == [
+        "handlers/dir.toml: cannot be read: Is a directory",
+        "handlers/link.toml: cannot be read: it is a symbolic link to nothing",
+    ]
+
+
+@pytest.mark.parametrize("name", ["consumerd.checkpoint", 'Consumerd."store"'])
+def test_the_daemons_own_tables_are_not_written_to(folder: Path, name: str) -> None:
+    """A handler does not write rows between the checkpoints."""
+    (folder / "handlers" / "orders.toml").write_text(HANDLER.replace('"orders"\nwrite', f"'{name}'\nwrite"))
+    told = "is a table of the daemon's own: name another"
+    assert mistakes() == [f"handlers/orders.toml:3: table.name: {told}"]
+    (folder / "consumerd.toml").write_text(f'{DAEMON}schema = "other"\n')
+    assert len(load(None, environ={}).handlers) == 1
 
 
 def test_group_ids_differ(folder: Path) -> None:

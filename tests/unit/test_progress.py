@@ -486,3 +486,16 @@ def test_the_real_clock() -> None:
     it = Progress(next(_names))
     it.written(written(1), 0.1)
     assert it.last_commit == pytest.approx(time.time(), abs=60)
+
+
+@pytest.mark.parametrize("error_text", [False, True])
+def test_the_databases_words(clock: Clock, caplog: pytest.LogCaptureFixture, error_text: bool) -> None:
+    """The line about poison has what the database said of the last, in one line, where that is wished alone."""
+    clock.now += 1
+    it = Progress(next(_names), error_text=error_text)
+    poison = written(2)
+    poison.refused = {0: Refusal(reason="rejected", stage="write", error="E", message="refused", words="by\na secret")}
+    it.written(poison, 0.1)
+    (record,) = caplog.records
+    assert vars(record).get("error") == ("refused: by a secret" if error_text else None)
+    assert ("secret" in str(vars(record))) is error_text

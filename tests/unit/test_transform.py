@@ -85,6 +85,9 @@ def test_run_gives_what_a_transform_makes() -> None:
         run(lambda _: {"n": object()}, {})
     with pytest.raises(ValueError, match="not JSON compliant"):
         run(lambda _: {"a": None, "n": [float("nan")]}, {})
+    for nan in ("nan", "inf"):  # which no message can hold
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            run(lambda record: record, {"a": {"n": float(nan)}})
 
 
 def test_what_is_returned_is_json() -> None:
@@ -140,6 +143,41 @@ def test_an_exception_is_told_without_its_text() -> None:
     assert "consumerd.handler.Poison" == poison.error
     assert poison.message.startswith("my own ? sentence xxx")
     assert module.SENTENCE == len(poison.message)
+    assert "invalid literal for int() with base 10: 'secret'" == refused.words
+    assert "secret" not in repr(refused)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_whatever_is_raised_is_of_its_record(error: type[BaseException]) -> None:
+    """What is no Exception refuses its record like one: it is not taken for the daemon's own end."""
+
+    def transform(record: Record) -> Record:
+        if record["n"]:
+            raise error
+        return record
+
+    def some_batch(records: list[Record]) -> list[Record]:
+        return list(map(transform, records))
+
+    for function in (transform, some_batch):
+        good, refused = answer(function, b'{"n": 0}', b'{"n": 1}').outcomes
+        assert ((b'{"n":0}',), ["transform"]) == (good, reasons([refused]))
+
+
+def test_an_exception_without_a_text() -> None:
+    """An exception whose text cannot be made is told like any other."""
+
+    class Mute(Exception):  # noqa: N818
+        def __str__(self) -> str:
+            raise ValueError
+
+    def transform(_: Record) -> None:
+        raise Mute
+
+    (refused,) = answer(transform, b"{}").outcomes
+    assert isinstance(refused, Refusal)
+    assert refused.words is None
+    assert refused.error.endswith("Mute")
 
 
 def test_what_cannot_be_decoded_is_not_given() -> None:
@@ -225,6 +263,7 @@ MISTAKES = {
     "beside:transform": ("beside cannot be imported: ModuleNotFoundError", "'nowhere' (beside.py:1)"),
     "syntax:transform": ("module syntax cannot be imported: SyntaxError", "(syntax.py:1)"),
     "exits:transform": ("module exits cannot be imported: SystemExit: 3 (exits.py:1)",),
+    "interrupts:transform": ("module interrupts cannot be imported: KeyboardInterrupt:  (interrupts.py:1)", "mend it"),
     "sound:trasnform": ("module sound has no function trasnform; did you mean transform?",),
     "sound:nothing": ("has no function nothing; its functions: transform, two, waits, yields",),
     "sound:NUMBER": ("NUMBER of module sound is no function",),
@@ -239,6 +278,7 @@ FILES = {
     "beside.py": "import nowhere",
     "syntax.py": "def transform(",
     "exits.py": "raise SystemExit(3)",
+    "interrupts.py": "raise KeyboardInterrupt",
     "sound.py": (
         "NUMBER = 1\ndef transform(record): return record\ndef two(a, b): ...\nasync def waits(record): ...\n"
         "def yields(record): yield\n"

@@ -71,7 +71,12 @@ class Refused(pg.CheckViolation):
         """Say what Postgres says."""
         context = None if self.line is None else f"COPY orders, line {self.line}"
         return SimpleNamespace(
-            constraint_name="good", column_name=None, context=context, message_primary="refused", sqlstate="23514"
+            constraint_name="good",
+            column_name=None,
+            context=context,
+            message_primary="refused",
+            message_detail=None,
+            sqlstate="23514",
         )
 
 
