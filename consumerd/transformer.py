@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from consumerd import where
-from consumerd.errors import Halt, Outage, Poison, Refusal
+from consumerd.errors import Blocked, Halt, Poison, Refusal
 from consumerd.formats import selection, values
 from consumerd.runners import InProcess, InThread, Lost
 from consumerd.transform import ALL, NONE, Answer, Item, Request
@@ -78,7 +78,7 @@ class Transformer:
     async def complete(self, batch: Batch) -> int:
         """Transform what is not transformed of a batch, and return the bytes of what came back.
 
-        A batch whose values would take too much memory is left with its first part transformed. Raises Outage, with
+        A batch whose values would take too much memory is left with its first part transformed. Raises Blocked, with
         the first part transformed, when the function wants to try again later; Halt for a mistake of the function.
         """
         size = sum(map(size_of, batch.outcomes))
@@ -92,7 +92,7 @@ class Transformer:
                 batch.outcomes += came
                 size += sum(map(size_of, came))
                 if answer.retry is not None:
-                    raise Outage("transform", f"{self._config.function}: {answer.retry}")
+                    raise Blocked("transform", f"{self._config.function}: {answer.retry}")
                 if len(came) < len(part):
                     break
         return size

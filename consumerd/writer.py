@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from consumerd import postgres
 from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
-from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
+from consumerd.errors import Blocked, Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
 from consumerd.isolate import ORPHANS, isolate
 from consumerd.sinks.copy import CopyData
 from consumerd.ways_on import Skip
@@ -84,7 +84,7 @@ class Writer:
     async def _write(self, work: Work) -> None:
         """Try until each batch is written or its partition is no longer held."""
         try:
-            await self._member.retry(self._name, self._until_settled, work)
+            await self._member.retry(self._name, self._settle, work)
         except Halt as halt:
             if await self._member.held_up.hold(work, halt):
                 self._member.recovered(self._name)
@@ -93,6 +93,18 @@ class Writer:
             ways = halt.ways or _messages_of(work, halt)
             raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)", *ways) from halt
         self._member.recovered(self._name)
+
+    async def _settle(self, work: Work) -> None:
+        """Write all, or give back what waits for something that concerns no other."""
+        try:
+            await self._until_settled(work)
+        except Blocked as blocked:
+            if self._doubt is not None or not (blocked.source == "transform" or self._member.tables.by_topic):
+                raise  # only here it is known which COMMIT was not answered; or all wait for the one table
+            seconds = time.monotonic() - self._began
+            for batch, lease in work:
+                if self._member.holds(batch, lease):
+                    self._member.give_back(batch, blocked, seconds)
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
@@ -149,8 +161,16 @@ class Writer:
             await self._one_by_one(work)
 
     async def _one_by_one(self, work: Work) -> None:
+        blocked = None
         for one in work:
-            await self._until_settled([one])
+            try:
+                await self._until_settled([one])
+            except Blocked as it:
+                if it.source != "transform":
+                    raise  # they have one table
+                blocked = it
+        if blocked is not None:
+            raise blocked
 
     async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
@@ -182,7 +202,7 @@ class Writer:
                 if member.checkpoints.mode == "kafka":
                     self._doubt = await postgres.transaction_id(conn), work
             self._doubt = None
-        except (Rejected, TableChanged, Halt):
+        except (Rejected, TableChanged, Blocked, Halt):
             self._doubt = None  # Postgres has answered
             raise
         finally:
