@@ -132,7 +132,9 @@ WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
 _READ = """\
-SELECT topic, partition, epoch, next_offset FROM {checkpoint}
+SELECT topic, partition, epoch, next_offset, judged_messages, judged_refused,
+    coalesce(extract(epoch FROM now() - judged_at), 0)::float8
+FROM {checkpoint}
 WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
@@ -154,6 +156,8 @@ class Stand(NamedTuple):
 
     epoch: int
     next_offset: int | None
+    tally: Tally = NO_TALLY
+    """What had been counted of it for the breaker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +328,10 @@ class Checkpoints:
     ) -> dict[TopicPartition, Stand]:
         """Return where partitions stand, without claiming them."""
         rows = await call(conn, self._sql(_READ), self._keys(partitions))
-        return {TopicPartition(topic, number): Stand(*stand) for topic, number, *stand in rows}
+        return {
+            TopicPartition(topic, number): Stand(epoch, next_offset, Tally(*tally))
+            for topic, number, epoch, next_offset, *tally in rows
+        }
 
     def advance(self, moves: Sequence[Move]) -> Statement:
         """Return what moves checkpoints, locked in key order; it answers with a row for each that stood as expected.
