@@ -106,6 +106,8 @@ class Batch:
     """Times that the database cancelled its write when it was one message alone."""
     given_back: int = 0
     """Times that its writer has given it back: what it waits for concerns no other."""
+    in_doubt: bool = False
+    """Whether a COMMIT of it may have landed without an answer: cut then, neither part would find its checkpoint."""
     orphaned_since: float | None = None
     """Since when rows of it have been refused for a foreign key that refers to nothing."""
 

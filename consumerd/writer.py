@@ -146,7 +146,7 @@ class Writer:
             if len(work) > 1:
                 await self._one_by_one(work)
                 return
-            if not work[0][0].on_their_way:
+            if not work[0][0].on_their_way and not work[0][0].in_doubt:
                 self._member.split(work[0][0], self._member.limit)
         try:
             await self._attempt(work, mapping)
@@ -197,13 +197,16 @@ class Writer:
         try:
             async with postgres.transaction(conn, *self._opening(work, mapping), probe=member.on_trial) as answers:
                 _check(answers, work, mapping)
+                _be_in_doubt(work, doubt=False)  # the checkpoints are where they were before
                 if data.rows:
                     existing = await mapping.sink.write(conn, data)
                 if member.checkpoints.mode == "kafka":
                     self._doubt = await postgres.transaction_id(conn), work
+                _be_in_doubt(work, doubt=True)
             self._doubt = None
-        except (Rejected, TableChanged, Blocked, Halt):
+        except (Rejected, TableChanged, Blocked, Cancelled, Halt):
             self._doubt = None  # Postgres has answered
+            _be_in_doubt(work, doubt=False)
             raise
         finally:
             self.writing = False
@@ -251,6 +254,7 @@ class Writer:
         if await postgres.was_committed(conn, transaction):
             self._member.written([(batch, lease) for batch, lease in work if self._member.holds(batch, lease)], 0.0)
         self._doubt = None
+        _be_in_doubt(work, doubt=False)
 
     def _opening(self, work: Work, mapping: Mapping) -> list[Statement]:
         """Return what moves the checkpoints, first of all, and what tells whether the table is as it was."""
@@ -342,11 +346,16 @@ class Writer:
         return self._conn
 
 
+def _be_in_doubt(work: Work, *, doubt: bool) -> None:
+    for batch, _ in work:
+        batch.in_doubt = doubt
+
+
 def _forget_refusals(work: Work) -> None:
-    """Forget what was refused for the table as it was, but for what letters say already."""
+    """Forget what was refused for the table as it was, by a transform too (`outcomes` has it), but for what is told."""
     for batch, _ in work:
         told = batch.lettered | batch.on_their_way
-        batch.refused = {at: why for at, why in batch.refused.items() if why.stage != "decode" or at in told}
+        batch.refused = {at: why for at, why in batch.refused.items() if at in told}
 
 
 async def _packed(work: Work, mapping: Mapping) -> CopyData:
