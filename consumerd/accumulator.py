@@ -6,6 +6,8 @@ busy. Whoever takes one for its age takes along what others hold, as far as it f
 partitions is few transactions. With a chunk come its rows, packed for COPY. A partition whose batch is out is not taken
 again before `done()`: its batches are written in offset order, one at a time. What a writer gives back is taken again
 later, first of its partition.
+
+Over 400 lines, because what is held, what is out and what both cost in memory must agree after each step.
 """
 
 from __future__ import annotations
