@@ -4,7 +4,10 @@ Each partition is a queue of chunks (what one `consume()` brought for it). A bat
 when somebody takes it: one that is half full goes to a connection that is free, and grows to its bounds while all are
 busy. Whoever takes one for its age takes along what others hold, as far as it fits into one write: a trickle in many
 partitions is few transactions. With a chunk come its rows, packed for COPY. A partition whose batch is out is not taken
-again before `done()`: its batches are written in offset order, one at a time.
+again before `done()`: its batches are written in offset order, one at a time. What a writer gives back is taken again
+later, first of its partition.
+
+Over 400 lines, because what is held, what is out and what both cost in memory must agree after each step.
 """
 
 from __future__ import annotations
@@ -103,6 +106,10 @@ class Batch:
     """Times that the database refused the batch and then none of its rows."""
     cancelled: int = 0
     """Times that the database cancelled its write when it was one message alone."""
+    given_back: int = 0
+    """Times that its writer has given it back: what it waits for concerns no other."""
+    in_doubt: bool = False
+    """Whether a COMMIT of it may have landed without an answer: cut then, neither part would find its checkpoint."""
     orphaned_since: float | None = None
     """Since when rows of it have been refused for a foreign key that refers to nothing."""
 
@@ -204,8 +211,13 @@ def size_of(messages: Sequence[Message]) -> int:
 class Accumulator:
     """The messages of one handler that are not yet written."""
 
-    def __init__(self, bounds: Bounds, *, by_topic: bool = False) -> None:
+    def __init__(self, bounds: Bounds, *, by_topic: bool = False, connections: int = 1) -> None:
         self._bounds = bounds
+        self._most_tried = max(1, connections - 1)
+        """Of those that rest, how many are tried at a time: the last connection is for the others."""
+        self._resting: dict[TopicPartition | str, float] = {}
+        """Topics, or partitions, whose last write was given back, and until when nothing of them is taken. After that
+        one write of each is tried at a time, which takes nothing else along."""
         self._by_topic = by_topic
         """Whether a write is of one topic: each has a table of its own."""
         self._queues: dict[TopicPartition, _Queue] = {}
@@ -267,11 +279,26 @@ class Accumulator:
             queue.size += rest.size
         return rest
 
+    def give_back(self, batch: Batch, until: float, *, whole_topic: bool) -> None:
+        """Have a batch that is out taken again, first of its partition, and nothing of it (of its topic) before then.
+
+        The batch stays what it is, with all that is known of it; a partition closed since then has none.
+        """
+        queue = self._queues.get(batch.partition)
+        if queue is not None and queue.out is batch:
+            queue.out, queue.free = None, until
+            queue.rest.appendleft(batch)
+            queue.messages += len(batch.messages)
+            queue.size += batch.size
+            self._resting[batch.partition.topic if whole_topic else batch.partition] = until
+
     def hurry(self, partitions: Iterable[TopicPartition], reason: FlushReason) -> None:
         """Make what these partitions hold due at once: they are about to go."""
         for partition in partitions:
             if queue := self._queues.get(partition):
                 queue.hurry = reason
+                if name := self._name_at_rest(partition):
+                    self._resting[name] = 0.0
 
     def take(self, now: float, *, pressure: bool = False) -> list[Batch]:
         """Cut the batches of one write: those that are due, the oldest first, together within the bounds.
@@ -280,18 +307,18 @@ class Accumulator:
         """
         waiting = []
         for partition, queue in self._queues.items():
-            if (since := queue.since) is not None:
+            if (since := queue.since) is not None and not self._rests(partition, now):
                 reason = self._due(queue, now, pressure=pressure)
                 waiting.append((reason is None, since, partition, queue, reason))
                 queue.free = now if queue.free is None else queue.free
         waiting.sort(key=lambda entry: entry[:3])
         if not waiting or (first_reason := waiting[0][-1]) is None:
             return self._take_tails(now)
-        first_topic = waiting[0][2].topic
+        first_topic, tried = waiting[0][2].topic, self._name_at_rest(waiting[0][2])
         batches: list[Batch] = []
         messages = size = 0
         for _, _, partition, queue, reason in waiting:
-            if self._by_topic and partition.topic != first_topic:
+            if (self._by_topic and partition.topic != first_topic) or self._name_at_rest(partition) != tried:
                 continue
             if reason is None and first_reason != "age":
                 break
@@ -314,12 +341,16 @@ class Accumulator:
         queue = self._queues.get(batch.partition)
         if queue is not None and queue.out is batch:
             queue.out = None
+            if self._resting and (name := self._name_at_rest(batch.partition)):
+                del self._resting[name]
             self.messages -= len(batch.messages)
             self._size -= batch.size + batch.packed_size
 
     def close(self, partitions: Iterable[TopicPartition]) -> None:
         """Drop partitions with all that they hold, a batch that is out included."""
         for partition in partitions:
+            for name in (partition, partition.topic):
+                self._resting.pop(name, None)
             if queue := self._queues.pop(partition, None):
                 self.messages -= queue.messages + (len(queue.out.messages) if queue.out else 0)
                 self._size -= queue.size + sum(chunk.packed.memory for chunk in queue.chunks)
@@ -327,9 +358,15 @@ class Accumulator:
                 self._size -= queue.out.size + queue.out.packed_size if queue.out else 0
 
     def next_due(self) -> float | None:
-        """Return when the oldest gathered batch reaches `max_age`; None if nothing waits for that."""
-        arrived = [since for queue in self._queues.values() if (since := queue.since) is not None]
-        return min(arrived) + self._bounds.max_age if arrived else None
+        """Return when the oldest gathered batch reaches `max_age`, its rest is over; None if nothing waits for that."""
+        due = [
+            max(since + self._bounds.max_age, self._resting.get(name, 0.0) if name else 0.0)
+            for partition, queue in self._queues.items()
+            if (since := queue.since) is not None
+            for name in [self._name_at_rest(partition)]
+            if not (name and self._is_tried(name))  # whose end is waited for
+        ]
+        return min(due, default=None)
 
     def holds(self, partitions: Iterable[TopicPartition]) -> bool:
         """Whether any of these has messages that are not written."""
@@ -352,6 +389,23 @@ class Accumulator:
             return first.messages[0]
         return queue.chunks[0].messages[0] if queue.chunks else None
 
+    def _name_at_rest(self, partition: TopicPartition) -> TopicPartition | str | None:
+        """Return what rests, the partition or its topic; None mostly."""
+        if not self._resting:
+            return None
+        return next((name for name in (partition, partition.topic) if name in self._resting), None)
+
+    def _rests(self, partition: TopicPartition, now: float) -> bool:
+        """Whether nothing of a partition is to be taken now."""
+        name = self._name_at_rest(partition)
+        return name is not None and (now < self._resting[name] or self._is_tried(name))
+
+    def _is_tried(self, name: TopicPartition | str) -> bool:
+        """Whether what rests is being tried, or as many others as may be."""
+        out = {each for p, queue in self._queues.items() if queue.out is not None for each in (p, p.topic)}
+        tried = out & self._resting.keys()
+        return name in tried or len(tried) >= self._most_tried
+
     def _due(self, queue: _Queue, now: float, *, pressure: bool) -> FlushReason | None:
         if queue.rest:
             return queue.rest[0].reason
@@ -365,7 +419,7 @@ class Accumulator:
         """Return for how long a queue's next batch was due, none of it out, and nobody came for it."""
         free = now if queue.free is None else queue.free
         if queue.rest:
-            return now - free
+            return max(0.0, now - free)  # what is given back is free later, unless it is hurried
         if reason == "age":
             return now - max(free, queue.chunks[0].arrived + self._bounds.max_age)
         return now - max(free, queue.full) if queue.full is not None else 0.0
@@ -375,6 +429,8 @@ class Accumulator:
         batches: list[Batch] = []
         for partition, queue in self._queues.items():
             if batches and self._by_topic and partition.topic != batches[0].partition.topic:
+                continue
+            if self._name_at_rest(partition):
                 continue
             if queue.tail is not None and queue.out is None:
                 (start, end), queue.tail = queue.tail, None

@@ -50,7 +50,11 @@ class Breaker:
             batch.judged = None
 
     def judge(self, batch: Batch, now: float) -> None:
-        """Count a batch as it is now, once however often it is judged; raises Halt over the limit."""
+        """Count a batch as it is now, once however often it is judged; raises Halt over the limit.
+
+        One without poison goes on, whatever was counted before: it sends no letter, and whoever has mended the handler
+        could not start it otherwise.
+        """
         messages, refused = len(batch.messages) - batch.skipped.total(), len(batch.refused)
         if batch.judged is not None:
             if (batch.judged.messages, batch.judged.refused) == (messages, refused):
@@ -64,7 +68,8 @@ class Breaker:
             if self._messages - self._seen[0].messages < self._config.min_messages:
                 break
             self._take_off(self._seen.popleft())
-        if self._messages >= self._config.min_messages and self._refused > self._config.max_ratio * self._messages:
+        share = self._config.max_ratio * self._messages
+        if refused and self._messages >= self._config.min_messages and self._refused > share:
             raise Halt(
                 "breaker",
                 f"{self._refused} of the last {self._messages} messages were poison, over the limit of "
@@ -108,7 +113,5 @@ class Breaker:
     @staticmethod
     def _of(batch: Batch) -> str:
         """Say what is wrong with most of a batch."""
-        if not batch.refused:
-            return "in earlier batches"
         messages = [refusal.message for refusal in batch.refused.values()]
         return f"mostly: {max(set(messages), key=messages.count)}"

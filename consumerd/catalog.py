@@ -115,6 +115,11 @@ class Table:
     """The role may lock it: it has a privilege on the whole table."""
     row_security: bool = False
     """Policies apply to the role, for which Postgres refuses COPY into the table."""
+    refusing: tuple[frozenset[str], ...] = ()
+    """Columns of each index that may refuse a row for another: partial ones, too, and the plain columns of those on
+    expressions."""
+    deferrable: tuple[tuple[str, str], ...] = ()
+    """Names, quoted, and definitions but for that, of constraints that are not checked at once."""
     has_unique: bool = False
     """It has an index that ON CONFLICT DO NOTHING goes by, a partial one or one of expressions perhaps."""
     has_rules: bool = False
@@ -148,9 +153,9 @@ SELECT concat_ws(E'\\n',
      ), ',' ORDER BY attnum)
      FROM pg_catalog.pg_attribute WHERE attrelid = {table} AND attnum > 0 AND NOT attisdropped),
     (SELECT concat_ws(' ', relpersistence, relhasrules) FROM pg_catalog.pg_class WHERE oid = {table}),
-    (SELECT string_agg(concat_ws(' ', indkey, indnkeyatts, indpred IS NULL, indexprs IS NULL), ',' ORDER BY indexrelid)
-     FROM pg_catalog.pg_index
-     WHERE indrelid = {table} AND (indisunique OR indisexclusion) AND indimmediate AND indisvalid),
+    (SELECT string_agg(concat_ws(' ', indkey, indnkeyatts, indpred IS NULL, indexprs IS NULL, indimmediate), ','
+        ORDER BY indexrelid)
+     FROM pg_catalog.pg_index WHERE indrelid = {table} AND (indisunique OR indisexclusion) AND indisvalid),
     (SELECT string_agg(oid::text, ',' ORDER BY oid) FROM pg_catalog.pg_constraint
      WHERE conrelid = {table} AND contype = 'c'),
     (SELECT string_agg(oid::text, ',' ORDER BY oid) FROM pg_catalog.pg_trigger
@@ -209,9 +214,11 @@ that of another table, which has taken the name meanwhile."""
 _UNIQUE = """\
 SELECT array(SELECT a.attname::text FROM pg_catalog.pg_attribute a
              WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
-       i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL
+       i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indimmediate, i.indimmediate,
+       quote_ident(c.conname), regexp_replace(pg_get_constraintdef(c.oid), ' DEFERRABLE( INITIALLY DEFERRED)?$', '')
 FROM pg_catalog.pg_index i
-WHERE i.indrelid = %s::oid AND (i.indisunique OR i.indisexclusion) AND i.indimmediate AND i.indisvalid"""
+LEFT JOIN pg_catalog.pg_constraint c ON c.conindid = i.indexrelid AND c.contype IN ('p', 'u', 'x')
+WHERE i.indrelid = %s::oid AND (i.indisunique OR i.indisexclusion) AND i.indisvalid ORDER BY i.indexrelid"""
 
 _PARTITIONS_APART = """\
 SELECT c.oid::regclass::text, c.relkind = 'f'
@@ -274,8 +281,10 @@ async def load(conn: AsyncConnection[Any], name: str, privileges: tuple[str, ...
         name=name,
         identifier=identifier,
         columns=columns,
-        unique=tuple(frozenset(names) for names, plain in indexes if plain),
-        has_unique=bool(indexes),
+        unique=tuple(frozenset(names) for names, plain, *_ in indexes if plain),
+        refusing=tuple(frozenset(names) for names, *_ in indexes),
+        deferrable=tuple((name, definition) for _, _, at_once, name, definition in indexes if not at_once),
+        has_unique=any(at_once for _, _, at_once, *_ in indexes),
         fingerprint=fingerprint,
         role=role,
         lockable=lockable,

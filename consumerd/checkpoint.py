@@ -4,6 +4,8 @@ One row for each partition of a group. An assignment claims it, which raises its
 compare-and-set on (epoch, next_offset). A member that lost its partition holds an old epoch, so whatever it still
 writes is rolled back. Kafka's committed offset follows, with a stamp in its metadata: an offset without our stamp was
 set by an operator, and wins (`decide`).
+
+Over 400 lines, because all statements about the checkpoint stand beside each other: each relies on what the others do.
 """
 
 from __future__ import annotations
@@ -132,7 +134,9 @@ WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
 _READ = """\
-SELECT topic, partition, epoch, next_offset FROM {checkpoint}
+SELECT topic, partition, epoch, next_offset, judged_messages, judged_refused,
+    coalesce(extract(epoch FROM now() - judged_at), 0)::float8
+FROM {checkpoint}
 WHERE group_id = %(group)s
   AND (topic, partition) IN (SELECT * FROM unnest(%(topics)s::text[], %(partitions)s::int[]))"""
 
@@ -154,6 +158,8 @@ class Stand(NamedTuple):
 
     epoch: int
     next_offset: int | None
+    tally: Tally = NO_TALLY
+    """What had been counted of it for the breaker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +330,10 @@ class Checkpoints:
     ) -> dict[TopicPartition, Stand]:
         """Return where partitions stand, without claiming them."""
         rows = await call(conn, self._sql(_READ), self._keys(partitions))
-        return {TopicPartition(topic, number): Stand(*stand) for topic, number, *stand in rows}
+        return {
+            TopicPartition(topic, number): Stand(epoch, next_offset, Tally(*tally))
+            for topic, number, epoch, next_offset, *tally in rows
+        }
 
     def advance(self, moves: Sequence[Move]) -> Statement:
         """Return what moves checkpoints, locked in key order; it answers with a row for each that stood as expected.

@@ -273,6 +273,10 @@ def _unique_problems(table: Table, handler: HandlerConfig, names: set[str]) -> l
     index = f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.identifier}"
     if write == "upsert" and frozenset(handler.table.key) not in table.unique:
         return [f"table {table.name} {UNUSABLE.format(key)}; type: {index} ({key});"]
+    if write == "skip-existing" and table.deferrable:
+        actions = ", ".join(f"DROP CONSTRAINT {name}, ADD CONSTRAINT {name} {it}" for name, it in table.deferrable)
+        sentence = "has a deferrable constraint, by which Postgres cannot tell what exists (skip-existing)"
+        return [f"table {table.name} {sentence}; type: ALTER TABLE {table.identifier} {actions};"]
     if write == "skip-existing" and not table.has_unique:
         sentence = "has no unique index, by which skip-existing tells what exists"
         return [f'table {table.name} {sentence}; type: {index} (...); or write = "append"']
@@ -280,7 +284,7 @@ def _unique_problems(table: Table, handler: HandlerConfig, names: set[str]) -> l
     if (
         handler.checkpoint == "kafka"
         and write != "skip-existing"
-        and any(unique <= names and unique != own for unique in table.unique)
+        and any(unique <= names and (not own or unique != own) for unique in table.refusing)
     ):
         sentence = "has a unique index, which would refuse what is written again after a crash"
         ways = 'write checkpoint = "postgres", or write = "skip-existing", or drop the index'

@@ -122,6 +122,10 @@ class Cancelled(Outage):
     """Postgres cancelled the statement, for its time above all: again, with fewer rows."""
 
 
+class Blocked(Outage):
+    """What one table or one partition alone waits for, a lock or its transform: again, and meanwhile others go on."""
+
+
 class Fenced(ConsumerdError):
     """The checkpoint is not where this write expected it: drop the batch, read the checkpoint again."""
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from consumerd.accumulator import Batch, FlushReason
     from consumerd.brokers import Found
     from consumerd.config import Config, HandlerConfig
-    from consumerd.errors import Refusal, Source
+    from consumerd.errors import Blocked, Refusal, Source
     from consumerd.kafka import Chunk
     from consumerd.topics import Topic
     from consumerd.types import Message
@@ -75,6 +75,8 @@ GROW_AFTER = 10
 """Times as long as a write that Postgres cancelled had taken, until writes grow again: each try may cost as much."""
 MOST_GROW_AFTER = 60.0
 """Seconds of this at most."""
+MOST_DOUBLINGS = 30
+"""Of the pause before what was given back is tried again; it ends at `retry.max` long before."""
 CANCELLED_ALONE = 30
 """Times that Postgres may cancel the write of one message alone, before that is a halt."""
 LEAST_SHARES = 2
@@ -111,7 +113,9 @@ class Member:
         self.watch = Watch(self._connect, handler.name, self.reconciler.soon)
         self.share = memory
         self.budget = divide(memory, handler)
-        self._batches = Accumulator(self.budget.batch, by_topic=self.tables.by_topic)
+        self._batches = Accumulator(
+            self.budget.batch, by_topic=self.tables.by_topic, connections=handler.max_connections
+        )
         self.limit = self.budget.batch.max_messages
         """Messages of one write: fewer after Postgres cancelled one, more again later with each that it did not."""
         self._grow_from = 0.0
@@ -335,7 +339,7 @@ class Member:
         while True:
             batches = self._batches.take(time.monotonic(), pressure=self._under_pressure())
             if batches:
-                self.progress.taken(batches)
+                self.progress.taken([batch for batch in batches if not batch.given_back])
                 return [(batch, self.assignment.leases[batch.partition]) for batch in batches]
             self._wake.clear()
             self._set_timer()
@@ -357,6 +361,7 @@ class Member:
             lease.next_offset = batch.next_offset
             lease.max_offset = max(lease.max_offset, batch.next_offset)
             self._batches.done(batch)
+            self.recovered(str(batch.partition))
             if self.assignment.leases.get(batch.partition) is lease:  # else it is gone, or came back since
                 if not batch.messages and self._positions.get(batch.partition) == batch.first_offset:
                     self._positions[batch.partition] = batch.next_offset
@@ -370,6 +375,19 @@ class Member:
         if time.monotonic() >= self._grow_from:
             self.limit = min(self.budget.batch.max_messages, self.limit + self.limit // 4 + 1)
         self._wake.set()  # more of these partitions may be due, and another writer free
+
+    def give_back(self, batch: Batch, outage: Blocked, seconds: float) -> None:
+        """Let others have the connection for as long as it was in vain, and try this batch again later, visibly."""
+        metrics.retries.labels(self.handler.name, outage.source).inc()
+        self.progress.outage(outage.source, str(outage), str(batch.partition))
+        batch.given_back += 1
+        backoff = self.handler.retry.initial * 2 ** min(batch.given_back, MOST_DOUBLINGS)
+        until = time.monotonic() + max(seconds, min(self.handler.retry.max, backoff))
+        self._batches.give_back(batch, until, whole_topic=outage.source == "postgres")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake.set()
 
     def is_out(self, partition: TopicPartition) -> bool:
         """Whether a batch of a partition is being written."""
@@ -620,10 +638,12 @@ class Member:
         for partition in partitions:
             self.assignment.release(partition)
             self._positions.pop(partition, None)
+            self.recovered(str(partition))
             # The lag of a handler that halted or was paused stays to be seen.
             if self.progress.halted is None and not (self.pause.on and partition in self.assignment.assigned):
                 self.progress.released(partition)
         self._settled.set()
+        self._wake.set()  # others may be taken now that waited for a try of one of these
 
     async def lay_down(self, deadline: float) -> bool:
         """Hold nothing of any partition any more, but stay in the group; False if what was gathered is read again."""

@@ -20,7 +20,17 @@ import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict
 
-from consumerd.errors import Cancelled, ConfigError, ConsumerdError, Halt, Outage, Refusal, Rejected, TableChanged
+from consumerd.errors import (
+    Blocked,
+    Cancelled,
+    ConfigError,
+    ConsumerdError,
+    Halt,
+    Outage,
+    Refusal,
+    Rejected,
+    TableChanged,
+)
 from consumerd.sqlstate import Next, next_step
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ that took too long."""
 
 SETTINGS_TIMEOUT = 5.0
 """Seconds for what is said on a new connection, before anybody watches over it."""
+
+LOCK_NOT_AVAILABLE = "55P03"
 
 BEGIN = """\
 BEGIN ISOLATION LEVEL READ COMMITTED;
@@ -270,7 +282,8 @@ def translate(  # noqa: PLR0911 - one for each meaning
         case Next.SMALLER:
             return Cancelled("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
         case _:
-            return Outage("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
+            outage = Blocked if state == LOCK_NOT_AVAILABLE else Outage
+            return outage("postgres", f"Postgres: {_one_line(error)} (SQLSTATE {state})")
 
 
 def _refusal(error: psycopg.Error, state: str) -> Refusal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,8 @@ class Reconciler:
         else:
             sentence = "a write had landed though its answer was lost: the checkpoint is at %s, and had been at %s"
         log.warning(sentence, offset, lease.next_offset, extra=extra)
+        # What was dropped, and what Postgres has lost, is judged again: the breaker counts what the checkpoint counts.
+        member.breaker.recall(partition, stand.tally, time.monotonic())
         # What was written up to `max_offset` may be in the table still: only the checkpoints may have gone back.
         again = Lease(epoch=stand.epoch, next_offset=offset, max_offset=max(lease.max_offset, offset))
         try:

@@ -66,6 +66,8 @@ class Request(msgspec.Struct, frozen=True):
     items: list[Item]
     alone: bool = False
     """Whether a batch function gets one record at a time: with all of these it did not come back."""
+    most_bytes: int = ANSWER_BYTES
+    """Bytes of what was returned after which the answer ends."""
 
 
 class Answer(msgspec.Struct):
@@ -89,7 +91,11 @@ class Transform:
         """Call the function for the messages of a request; before each call `note` is told for which."""
         answer = Answer([])
         records: list[Record | Refusal] = [self._record(request, item) for item in request.items]
-        if self.name.endswith("_batch") and not request.alone and self._all_at_once(records, answer, note):
+        if (
+            self.name.endswith("_batch")
+            and not request.alone
+            and self._all_at_once(records, answer, note, request.most_bytes)
+        ):
             return answer
         size = 0
         for index, record in enumerate(records):
@@ -99,7 +105,7 @@ class Transform:
                 break
             answer.outcomes.append(outcome)
             size += sum(map(len, outcome)) if isinstance(outcome, tuple) else 0
-            if size > ANSWER_BYTES:
+            if size > request.most_bytes:
                 break
         note(NONE)
         return answer
@@ -113,7 +119,9 @@ class Transform:
         except ArithmeticError as error:
             return values.refuse("range", "a number whose exponent is too large", None, type(error))
 
-    def _all_at_once(self, records: Sequence[Record | Refusal], answer: Answer, note: Callable[[int], None]) -> bool:
+    def _all_at_once(
+        self, records: Sequence[Record | Refusal], answer: Answer, note: Callable[[int], None], most_bytes: int
+    ) -> bool:
         """Call a batch function with all records; False when it raised, and each must be tried alone."""
         given = [record for record in records if isinstance(record, Record)]
         if not given:
@@ -128,9 +136,13 @@ class Transform:
         except BaseException:  # noqa: BLE001 - which record it was is found by calling it for each alone
             return False
         else:
-            answer.outcomes += [
-                record if isinstance(record, Refusal) else self._values_of(next(results)) for record in records
-            ]
+            size = 0
+            for record in records:
+                outcome = record if isinstance(record, Refusal) else self._values_of(next(results))
+                answer.outcomes.append(outcome)
+                size += sum(map(len, outcome)) if isinstance(outcome, tuple) else 0
+                if size > most_bytes:
+                    break
         note(NONE)
         return True
 

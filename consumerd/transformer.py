@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from consumerd import where
-from consumerd.errors import Halt, Outage, Poison, Refusal
+from consumerd.errors import Blocked, Halt, Poison, Refusal
 from consumerd.formats import selection, values
 from consumerd.runners import InProcess, InThread, Lost
-from consumerd.transform import ALL, NONE, Answer, Item, Request
+from consumerd.transform import ALL, ANSWER_BYTES, NONE, Answer, Item, Request
 from consumerd.types import TopicPartition
 from consumerd.ways_on import Skip
 
@@ -59,6 +59,8 @@ class Transformer:
         ]
         self._idle: asyncio.Queue[Runner] = asyncio.Queue()
         self._lost_in_a_row = 0
+        self._bytes_each = 0.0
+        """What came back for a message lately."""
         test = None if handler.where is None else where.parse(handler.where)
         self._select = None if test is None else selection.selector(test, handler.key_format)
         self._selects_by_fields = test is not None and bool(where.fields(test))
@@ -83,29 +85,39 @@ class Transformer:
     async def complete(self, batch: Batch) -> int:
         """Transform what is not transformed of a batch, and return the bytes of what came back.
 
-        A batch whose values would take too much memory is left with its first part transformed. Raises Outage, with
+        A batch whose values would take too much memory is left with its first part transformed. Raises Blocked, with
         the first part transformed, when the function wants to try again later; Halt for a mistake of the function.
         """
         size = sum(map(size_of, batch.outcomes))
+        ahead: dict[int, Outcome] = {}
+        """What came back of later parts than one whose answer ended early, by position in the batch."""
         while len(batch.outcomes) < len(batch.messages) and size <= self.most_bytes:
-            parts = self._parts(batch.messages[len(batch.outcomes) :])
-            settled = [self._settled(part) for part in parts]
-            requests = [_request(batch.partition, part, known) for part, known in zip(parts, settled, strict=True)]
+            at = len(batch.outcomes)
+            room = self.most_bytes - size
+            parts = self._parts(batch.messages[at:], room)
+            most = min(ANSWER_BYTES, room // len(parts))
+            starts = [at + sum(map(len, parts[:number])) for number in range(len(parts))]
+            settled = [self._settled(part, start, ahead) for part, start in zip(parts, starts, strict=True)]
+            requests = [_request(batch.partition, *each, most) for each in zip(parts, settled, strict=True)]
             answers = await _all([self._answer(request) for request in requests])
-            for part, known, answer in zip(parts, settled, answers, strict=True):
+            before = size
+            for part, start, known, answer in zip(parts, starts, settled, answers, strict=True):
                 came = _merged(len(part), known, answer.outcomes)
+                size += sum(size_of(each) for position, each in enumerate(came, start) if position not in ahead)
+                if start > len(batch.outcomes):
+                    ahead |= enumerate(came, start)
+                    continue
                 batch.outcomes += came
-                size += sum(map(size_of, came))
                 if answer.retry is not None:
-                    raise Outage("transform", f"{self._config.function}: {answer.retry}")
-                if len(came) < len(part):
-                    break
-        return size
+                    raise Blocked("transform", f"{self._config.function}: {answer.retry}")
+            self._bytes_each = (size - before) / max(1, sum(len(answer.outcomes) for answer in answers))
+        return sum(map(size_of, batch.outcomes))
 
-    def _parts(self, messages: Sequence[Message]) -> list[list[Message]]:
-        """Cut the next messages into a part for each worker."""
+    def _parts(self, messages: Sequence[Message], room: int) -> list[list[Message]]:
+        """Cut the next messages into a part for each worker, none of more than has room when it comes back."""
         workers = len(self._runners)
-        most = min(PART_MESSAGES, -(-len(messages) // workers))
+        fit = int(room / workers / max(1.0, self._bytes_each))
+        most = min(PART_MESSAGES, -(-len(messages) // workers), max(1, fit))
         parts: list[list[Message]] = [[]]
         size = 0
         for message in messages:
@@ -118,10 +130,13 @@ class Transformer:
             size += len(message)
         return parts
 
-    def _settled(self, messages: Sequence[Message]) -> dict[int, Outcome]:
-        """Return what becomes of messages without a call, by position: not selected, or without a value."""
+    def _settled(self, messages: Sequence[Message], start: int, ahead: Mapping[int, Outcome]) -> dict[int, Outcome]:
+        """Return what becomes of messages without a call, by position: not selected, without a value, or known."""
         settled: dict[int, Outcome] = {}
         for position, message in enumerate(messages):
+            if start + position in ahead:
+                settled[position] = ahead[start + position]
+                continue
             value = message.value()
             try:
                 if self._select is not None and (value or not self._selects_by_fields) and not self._select((message,)):
@@ -204,7 +219,9 @@ def size_of(outcome: Outcome) -> int:
     return sum(map(len, outcome)) if isinstance(outcome, tuple) else 0
 
 
-def _request(partition: TopicPartition, messages: Sequence[Message], settled: Mapping[int, Outcome]) -> Request:
+def _request(
+    partition: TopicPartition, messages: Sequence[Message], settled: Mapping[int, Outcome], most_bytes: int
+) -> Request:
     """Return the request for those of some messages that are to be transformed."""
     items = []
     for position, message in enumerate(messages):
@@ -212,7 +229,7 @@ def _request(partition: TopicPartition, messages: Sequence[Message], settled: Ma
             kind, timestamp = message.timestamp()
             at = timestamp if kind else None  # 0: not available
             items.append(Item(message.value() or b"", message.offset(), at, message.key(), message.headers() or []))
-    return Request(partition.topic, partition.partition, items)
+    return Request(partition.topic, partition.partition, items, most_bytes=most_bytes)
 
 
 def _merged(count: int, settled: Mapping[int, Outcome], outcomes: Iterable[Outcome]) -> list[Outcome]:

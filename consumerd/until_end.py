@@ -85,4 +85,4 @@ class UntilEnd:
             stands = await member.checkpoints.read(conn, partitions)
         finally:
             await conn.close()
-        return {p: at for p, (_, at) in stands.items() if at is not None and at >= 0}
+        return {p: it.next_offset for p, it in stands.items() if it.next_offset is not None and it.next_offset >= 0}

@@ -3,6 +3,8 @@
 `Writer.run` takes batches that are due, `_write` tries until each is settled, and `_attempt` is one try: transform,
 pack, judge, dead-letter, then one transaction with checkpoint and rows. Whatever goes wrong leaves it as one of our
 errors, whose class says what happens next (`consumerd.errors`).
+
+Over 400 lines, because the order of these steps is what exactly-once hangs on, and it is read in one place.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from consumerd import postgres
 from consumerd.catalog import fingerprint_query
 from consumerd.checkpoint import Lease, Move
-from consumerd.errors import Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
+from consumerd.errors import Blocked, Cancelled, Fenced, Halt, Outage, Rejected, TableChanged
 from consumerd.isolate import ORPHANS, isolate
 from consumerd.sinks.copy import CopyData
 from consumerd.ways_on import Skip
@@ -37,6 +39,9 @@ Work = list[tuple["Batch", Lease]]
 
 FRUITLESS_ISOLATIONS = 5
 """Times that one message's row may be refused by a write and not in isolation, before that is a halt."""
+MOST_PREPARED = 16
+"""Staging tables of one connection: each COMMIT truncates all of them (19 ms for 50, 224 ms for 200), and to make one
+again costs as much as to truncate some twenty (measured)."""
 ORPHAN_PATIENCE = 3.0
 """Seconds that rows with a foreign key to nothing are tried again: what they refer to may be on its way."""
 
@@ -49,7 +54,7 @@ class Writer:
         self._name = name
         self._conn: AsyncConnection[Any] | None = None
         self._prepared: dict[str, Mapping] = {}
-        """For which mapping of each table the connection was made ready."""
+        """For which mapping of each table the connection is ready, the one used last at the end."""
         self.work: Work = []
         """What is being written now."""
         self.writing = False
@@ -84,7 +89,7 @@ class Writer:
     async def _write(self, work: Work) -> None:
         """Try until each batch is written or its partition is no longer held."""
         try:
-            await self._member.retry(self._name, self._until_settled, work)
+            await self._member.retry(self._name, self._settle, work)
         except Halt as halt:
             if await self._member.held_up.hold(work, halt):
                 self._member.recovered(self._name)
@@ -93,6 +98,18 @@ class Writer:
             ways = halt.ways or _messages_of(work, halt)
             raise Halt(halt.reason, f"{halt} (at {where}; nothing of it was skipped)", *ways) from halt
         self._member.recovered(self._name)
+
+    async def _settle(self, work: Work) -> None:
+        """Write all, or give back what waits for something that concerns no other."""
+        try:
+            await self._until_settled(work)
+        except Blocked as blocked:
+            if self._doubt is not None or not (blocked.source == "transform" or self._member.tables.by_topic):
+                raise  # only here it is known which COMMIT was not answered; or all wait for the one table
+            seconds = time.monotonic() - self._began
+            for batch, lease in work:
+                if self._member.holds(batch, lease):
+                    self._member.give_back(batch, blocked, seconds)
 
     async def _until_settled(self, work: Work) -> None:
         while work := [(batch, lease) for batch, lease in work if self._member.holds(batch, lease)]:
@@ -134,7 +151,7 @@ class Writer:
             if len(work) > 1:
                 await self._one_by_one(work)
                 return
-            if not work[0][0].on_their_way:
+            if not work[0][0].on_their_way and not work[0][0].in_doubt:
                 self._member.split(work[0][0], self._member.limit)
         try:
             await self._attempt(work, mapping)
@@ -149,8 +166,16 @@ class Writer:
             await self._one_by_one(work)
 
     async def _one_by_one(self, work: Work) -> None:
+        blocked = None
         for one in work:
-            await self._until_settled([one])
+            try:
+                await self._until_settled([one])
+            except Blocked as it:
+                if it.source != "transform":
+                    raise  # they have one table
+                blocked = it
+        if blocked is not None:
+            raise blocked
 
     async def _attempt(self, work: Work, mapping: Mapping) -> None:
         """One write, from raw messages to the checkpoint. Letters are acknowledged before any offset moves."""
@@ -177,13 +202,16 @@ class Writer:
         try:
             async with postgres.transaction(conn, *self._opening(work, mapping), probe=member.on_trial) as answers:
                 _check(answers, work, mapping)
+                _be_in_doubt(work, doubt=False)  # the checkpoints are where they were before
                 if data.rows:
                     existing = await mapping.sink.write(conn, data)
                 if member.checkpoints.mode == "kafka":
                     self._doubt = await postgres.transaction_id(conn), work
+                _be_in_doubt(work, doubt=True)
             self._doubt = None
-        except (Rejected, TableChanged, Halt):
+        except (Rejected, TableChanged, Blocked, Cancelled, Halt):
             self._doubt = None  # Postgres has answered
+            _be_in_doubt(work, doubt=False)
             raise
         finally:
             self.writing = False
@@ -231,6 +259,7 @@ class Writer:
         if await postgres.was_committed(conn, transaction):
             self._member.written([(batch, lease) for batch, lease in work if self._member.holds(batch, lease)], 0.0)
         self._doubt = None
+        _be_in_doubt(work, doubt=False)
 
     def _opening(self, work: Work, mapping: Mapping) -> list[Statement]:
         """Return what moves the checkpoints, first of all, and what tells whether the table is as it was."""
@@ -315,18 +344,27 @@ class Writer:
         if self._conn is None or self._conn.closed:
             self._conn = await self._member.connect()
             self._prepared = {}
-        if self._prepared.get(mapping.table.name) is not mapping:
+        name = mapping.table.name
+        known = self._prepared.pop(name, None)
+        if known is not mapping:
             async with postgres.transaction(self._conn):
+                while len(self._prepared) >= MOST_PREPARED:
+                    await self._prepared.pop(next(iter(self._prepared))).sink.forget(self._conn)
                 await mapping.sink.prepare(self._conn)
-            self._prepared[mapping.table.name] = mapping
+        self._prepared[name] = mapping  # the last one used
         return self._conn
 
 
+def _be_in_doubt(work: Work, *, doubt: bool) -> None:
+    for batch, _ in work:
+        batch.in_doubt = doubt
+
+
 def _forget_refusals(work: Work) -> None:
-    """Forget what was refused for the table as it was, but for what letters say already."""
+    """Forget what was refused for the table as it was, by a transform too (`outcomes` has it), but for what is told."""
     for batch, _ in work:
         told = batch.lettered | batch.on_their_way
-        batch.refused = {at: why for at, why in batch.refused.items() if why.stage != "decode" or at in told}
+        batch.refused = {at: why for at, why in batch.refused.items() if at in told}
 
 
 async def _packed(work: Work, mapping: Mapping) -> CopyData:

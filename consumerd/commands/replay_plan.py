@@ -255,7 +255,7 @@ async def _checkpoints(
         return {}
     checkpoints = Checkpoints(config.postgres.schema_name, handler.group_id, lambda _: "")
     stands = await checkpoints.read(conn, partitions)
-    return {p: (epoch, at) for p, (epoch, at) in stands.items() if at is not None and at >= 0}
+    return {p: (epoch, at) for p, (epoch, at, _) in stands.items() if at is not None and at >= 0}
 
 
 async def _left(

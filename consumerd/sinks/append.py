@@ -27,6 +27,9 @@ class Append:
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Need nothing."""
 
+    async def forget(self, conn: AsyncConnection[Any]) -> None:
+        """Have nothing to take back."""
+
     def pack(self, rows: Sequence[tuple[Any, ...]], data: CopyData) -> CopyData:
         """Add rows to the data of a COPY."""
         return self._packer.add(data, rows)

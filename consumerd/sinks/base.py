@@ -22,6 +22,9 @@ class Sink(Protocol):
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Make what a session needs; once for each connection, outside a transaction."""
 
+    async def forget(self, conn: AsyncConnection[Any]) -> None:
+        """Take back what was made for a session."""
+
     def pack(self, rows: Sequence[tuple[Any, ...]], data: CopyData) -> CopyData:
         """Add rows to the data of a COPY, and return it; raises Rejected, naming a row that has no such form."""
 

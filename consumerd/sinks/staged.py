@@ -4,9 +4,10 @@ While all rows have been new lately a COPY straight into the table is tried, und
 was nothing to decide, and it costs half of what follows. A key that is there already, or twice in the batch, ends it;
 then, and for a while after, rows go by a staging table and one INSERT ... ON CONFLICT.
 
-Each session has one temporary staging table for each table that it writes (one for each transaction grew pg_attribute
-by megabytes); it is emptied by COMMIT. It carries the target's NOT NULL and CHECK constraints, so that COPY's error
-context names the row that breaks one. Its rows are numbered as they come, in the offsets' order.
+Each session has one temporary staging table for each table that it wrote lately (one for each transaction grew
+pg_attribute by megabytes); it is emptied by COMMIT, which truncates all of a session: `Writer` bounds how many.
+It carries the target's NOT NULL and CHECK constraints, so that COPY's error context names the row that breaks one. Its
+rows are numbered as they come, in the offsets' order.
 
 Where rows may delete, each says so in a column of its own, and the staging table's constraints let those through, which
 have nothing but a key.
@@ -99,7 +100,7 @@ class Staged(ABC):
 
     async def prepare(self, conn: AsyncConnection[Any]) -> None:
         """Make the session's staging table, with the mapped columns alone; an older one of this session goes."""
-        await conn.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(self._staging))
+        await self.forget(conn)
         await conn.execute(self._make)
         for name in self._unmapped:
             await self._alter(conn, sql.SQL("DROP COLUMN {} CASCADE").format(sql.Identifier(name)))
@@ -110,6 +111,10 @@ class Staged(ABC):
                     await self._alter(conn, sql.SQL(action))
             for (action,) in await (await conn.execute(_CONSTRAINTS, kept)).fetchall():
                 await self._alter(conn, sql.SQL(action))
+
+    async def forget(self, conn: AsyncConnection[Any]) -> None:
+        """Drop the session's staging table."""
+        await conn.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(self._staging))
 
     async def _alter(self, conn: AsyncConnection[Any], action: sql.Composable) -> None:
         await conn.execute(sql.SQL("ALTER TABLE {} {}").format(self._staging, action))

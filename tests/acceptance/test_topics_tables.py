@@ -327,3 +327,39 @@ def test_a_table_that_is_locked_holds_up_no_other(
         wait_until(lambda: "postgres" in status(run)["waiting_for"], TIMEOUT, "the topic that waits")
     expect_rows(database, table_of(locked))
     assert 0 == run.stop()
+
+
+def test_a_table_that_comes_to_be_locked_holds_up_no_other(
+    kafka: KafkaServer, database: str, daemon: MakeDaemon, prefix: str
+) -> None:
+    """P1: each partition of a topic has something for its locked table, and no connection is lost to the others."""
+    free, locked = streams(kafka, [f"{prefix}.{name}" for name in ("free", "locked")], 4)
+    execute(database, "CREATE SCHEMA raw")
+    for stream in (free, locked):
+        make_table(database, table_of(stream.topic))
+    settings = {"postgres": {"settings": {"lock_timeout": "300ms"}}}
+    run = daemon({"many": by_topic(prefix, max_connections=4)}, settings)
+    for stream in (free, locked):
+        stream.produce(100)
+    wait_until(lambda: all_written(run, [free, locked]), TIMEOUT, "the first records")
+    with psycopg.connect(database) as conn:
+        conn.execute(sql.SQL("LOCK TABLE {}").format(sql.Identifier("raw", locked.topic)))
+        retries = 'consumerd_retries_total{cause="postgres",handler="many"}'
+        for count in (1, 1, 1, 1, 50):  # one after another, the first four into one partition each
+            before = run.metrics()[retries]
+            locked.produce(count)
+            wait_until(lambda before=before: run.metrics()[retries] > before, TIMEOUT, "a try")  # type: ignore[misc]
+        free.produce(100)
+        wait_until(lambda: set(rows(database, table_of(free.topic))) == free.good(), TIMEOUT, "the free ones")
+        assert "lock timeout" in status(run)["waiting_for"]["postgres"]
+        assert "waiting" == status(run)["state"]
+    wait_until(lambda: all_written(run, [free, locked]), TIMEOUT, "the end")
+    wait_until(lambda: status(run)["state"] == "running", TIMEOUT, "the recovery")
+    assert 0 == run.stop()
+    for stream in (free, locked):
+        numbers = rows(database, table_of(stream.topic))
+        assert {} == doubled(numbers)
+        assert stream.good() == set(numbers)
+    sent = letters(kafka.bootstrap, f"{prefix}.dlq")
+    assert len(bad([free, locked])) == len(sent)
+    assert bad([free, locked]) == lettered(kafka, f"{prefix}.dlq")

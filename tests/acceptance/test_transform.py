@@ -144,21 +144,35 @@ def letters_of(kafka: KafkaServer, topic: str) -> dict[int, dict[str, str]]:
 def test_a_retry_waits_visibly_and_holds_up_nobody_else(
     kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, tmp_path: Path
 ) -> None:
-    """A partition whose record wants to be tried again waits with the function's own sentence; the other goes on."""
+    """Partitions whose record wants to be tried again wait with the function's own sentence; the other goes on."""
     execute(database, TABLE)
-    name, flag = topic(2), tmp_path / "flag"
-    run = daemon(transforming(name), {"log": {"level": "info"}})
-    send(kafka, name, ("row", "a"), ("wait", str(flag)), ("row", "c"))
-    send(kafka, name, ("row", "a"), ("row", "b"), partition=1)
+    name, flag = topic(4), tmp_path / "flag"
+    handlers = transforming(name)
+    handlers["it"]["max_connections"] = 2
+    run = daemon(handlers, {"log": {"level": "info"}})
     sentence = "kinds:transform: the flag is not there"
-    wait_until(lambda: status(run)["waiting_for"].get("transform") == sentence, TIMEOUT, "the sentence")
-    wait_until(lambda: execute(database, "SELECT id FROM it WHERE id >= 1000 OFFSET 1") != [], TIMEOUT, "the others")
+    for partition in (0, 2, 3):  # each is taken for itself
+        before = run.metrics()['consumerd_retries_total{cause="transform",handler="it"}']
+        send(kafka, name, ("row", "a"), ("wait", str(flag)), ("row", "c"), partition=partition)
+        wait_until(lambda: status(run)["waiting_for"].get("transform") == sentence, TIMEOUT, "the sentence")
+        wait_until(
+            lambda before=before: run.metrics()['consumerd_retries_total{cause="transform",handler="it"}'] > before + 1,  # type: ignore[misc]
+            TIMEOUT,
+            "tries",
+        )
+    send(kafka, name, ("row", "a"), ("row", "b"), partition=1)
+    wait_until(
+        lambda: execute(database, "SELECT id FROM it WHERE id BETWEEN 1000 AND 1999 OFFSET 1") != [],
+        TIMEOUT,
+        "the others",
+    )
     assert "waiting" == status(run)["state"]
     assert run.metrics()['consumerd_retries_total{cause="transform",handler="it"}'] > 0
     flag.touch()
-    wait_until(lambda: stored(database) == 5, TIMEOUT, "the end of the topic")
+    wait_until(lambda: stored(database) == 11, TIMEOUT, "the end of the topic")
     wait_until(lambda: status(run)["state"] == "running", TIMEOUT, "the recovery")
-    assert [(0,), (10,), (20,), (1000,), (1010,)] == execute(database, "SELECT id FROM it ORDER BY id")
+    waited = [(1000 * partition + number,) for partition in (2, 3) for number in (0, 10, 20)]
+    assert [(0,), (10,), (20,), (1000,), (1010,), *waited] == execute(database, "SELECT id FROM it ORDER BY id")
     assert {} == status(run)["dead_lettered"]
     assert run.stop() == 0
 

@@ -85,6 +85,26 @@ NOT_WRITTEN_TO: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"table": UPSERT},
         ["no unique index on", "a deferrable constraint", "CREATE UNIQUE INDEX CONCURRENTLY ON public.t"],
     ),
+    "deferrable constraint": (
+        'CREATE TABLE t (id int PRIMARY KEY, n int, CONSTRAINT "N" UNIQUE (n) DEFERRABLE INITIALLY DEFERRED)',
+        {"table": {"name": "t", "write": "skip-existing"}},
+        ["has a deferrable constraint", 'ALTER TABLE public.t DROP CONSTRAINT "N", ADD CONSTRAINT "N" UNIQUE (n);'],
+    ),
+    "repeats, partial index": (
+        "CREATE TABLE t (id int, n int); CREATE UNIQUE INDEX ON t (id) WHERE n > 0",
+        {"checkpoint": "kafka"},
+        ["has a unique index", "at least once"],
+    ),
+    "repeats, index on an expression": (
+        "CREATE TABLE t (id int, n int); CREATE UNIQUE INDEX ON t (abs(id))",
+        {"checkpoint": "kafka"},
+        ["has a unique index", "at least once"],
+    ),
+    "repeats, deferrable constraint": (
+        "CREATE TABLE t (id int UNIQUE DEFERRABLE)",
+        {"checkpoint": "kafka"},
+        ["has a unique index", "at least once"],
+    ),
 }
 
 

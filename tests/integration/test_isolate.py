@@ -47,6 +47,10 @@ class Counted:
         """Prepare."""
         await self._sink.prepare(conn)
 
+    async def forget(self, conn: Connection) -> None:
+        """Forget."""
+        await self._sink.forget(conn)
+
     def pack(self, rows: Sequence[Row], data: CopyData) -> CopyData:
         """Pack."""
         return self._sink.pack(rows, data)

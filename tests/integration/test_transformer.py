@@ -233,12 +233,29 @@ def test_a_retry_is_an_outage_and_nothing_is_called_twice(folder: Path, workers:
     assert list(range(10)) == called
 
 
-def test_what_comes_back_is_bounded(folder: Path) -> None:
-    """A batch whose records become many is left with its first part transformed, within the bound and one part."""
-    it = batch(3_000, **{f"at{n}": {"what": "many"} for n in range(3_000)})
-    size = using(folder, lambda transformer: transformer.complete(it), workers=0, most_bytes=5 << 20)
-    assert 5 << 20 < size < 10 << 20
-    assert 0 < len(it.outcomes) < 3_000
+@pytest.mark.parametrize("function", ["work:transform", "work:transform_batch"])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_what_comes_back_is_bounded(folder: Path, workers: int, function: str) -> None:
+    """A batch whose records become many is left with its first part transformed, within the bound and a record each."""
+    most, record = 5 << 20, 11_000
+
+    async def twice(transformer: Transformer) -> None:
+        for least in (0, most - 3 * record):  # how large records become it knows from the first time on
+            it = batch(3_000, **{f"at{n}": {"what": "many"} for n in range(3_000)})
+            size = await transformer.complete(it)
+            assert least < size < most + 3 * record
+            assert size // record < len(it.outcomes) < 3_000
+
+    using(folder, twice, workers=workers, function=function, most_bytes=most)
+
+
+def test_what_came_back_is_not_asked_for_again(folder: Path) -> None:
+    """Where the answer to the first part of a batch ends early, those to the others are kept until it is whole."""
+    it = batch(300, **{f"at{n}": {"what": "many"} for n in range(100)})
+    using(folder, lambda transformer: transformer.complete(it), workers=3, most_bytes=3 << 19)
+    assert list(range(300)) == numbers(it)
+    called = sorted(int(line.split()[0]) for line in (folder / "log").read_text().splitlines())
+    assert list(range(100, 300)) == called
 
 
 def test_only_what_is_selected_is_transformed(folder: Path) -> None:
@@ -327,11 +344,11 @@ def test_a_cancelled_call_is_nobodys_answer(folder: Path) -> None:
     async def give_up(runner: InProcess) -> list[int | str]:
         await runner.start()
         endless = batch(1, at0={"what": "spin"})
-        request = _request(endless.partition, endless.messages, {})
+        request = _request(endless.partition, endless.messages, {}, 1 << 20)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(runner.answer(request), 0.3)
         it = batch(2)
-        it.outcomes += (await runner.answer(_request(it.partition, it.messages, {}))).outcomes
+        it.outcomes += (await runner.answer(_request(it.partition, it.messages, {}, 1 << 20))).outcomes
         await runner.close()
         return numbers(it)
 
@@ -347,7 +364,7 @@ def test_a_worker_outlives_the_signals_of_a_stop(folder: Path) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             runner._process.send_signal(number)
         it = batch(2)
-        it.outcomes += (await runner.answer(_request(it.partition, it.messages, {}))).outcomes
+        it.outcomes += (await runner.answer(_request(it.partition, it.messages, {}, 1 << 20))).outcomes
         await runner.close()
         return numbers(it)
 

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -18,6 +19,7 @@ from consumerd.sinks.copy import CopyData
 from consumerd.sinks.skip_existing import SkipExisting
 from consumerd.sinks.staged import Staged
 from consumerd.sinks.upsert import Upsert
+from consumerd.writer import MOST_PREPARED, Writer
 
 Row = tuple[Any, ...]
 Table = dict[int, Row]
@@ -205,6 +207,33 @@ async def test_hostile_names_of_every_role(conn: AsyncConnection[Any]) -> None:
     rows = [(1, 1, "x", "first", False), (1, 3, "y", "second", False), (1, 2, "z", "third", False)]
     await write(conn, sink, [*rows, (2, 1, "x", "x", False), (2, None, None, None, True)])
     assert await (await conn.execute("SELECT * FROM h")).fetchall() == [(1, 3, "y", "first")]
+
+
+async def test_staging_tables_of_a_connection_are_bounded(conn: AsyncConnection[Any], database: str) -> None:
+    """Rule 30: of many tables those used last keep their staging table; COMMIT truncates each that there is."""
+    mappings = []
+    for number in range(MOST_PREPARED + 2):
+        await conn.execute(f"CREATE TABLE many{number} (id int PRIMARY KEY)".encode())
+        table = await catalog.load(conn, f"many{number}", ("INSERT",))
+        sink = Upsert(table, table.columns, ("id",), staging=f"{staged.STAGING}_{number}")
+        mappings.append(cast("Any", SimpleNamespace(table=table, sink=sink)))
+    member = SimpleNamespace(connect=lambda: postgres.connect(PostgresConfig(dsn=database), "writer"))
+    writer = Writer(cast("Any", member), "writer")
+
+    async def made() -> dict[str, int]:
+        query = "SELECT relname, oid::int8 FROM pg_class WHERE relname LIKE 'consumerd_staging%' AND relkind = 'r'"
+        return dict(await (await conn.execute(query)).fetchall())
+
+    for mapping in mappings[:MOST_PREPARED]:
+        await writer._connection(mapping)
+    before = await made()
+    for mapping in (mappings[0], *mappings[-2:], mappings[0]):
+        await writer._connection(mapping)
+    after = await made()
+    await writer.abort()
+    names = {f"{staged.STAGING}_{number}" for number in (0, *range(3, MOST_PREPARED + 2))}
+    assert (MOST_PREPARED, names) == (len(before), set(after))
+    assert before[f"{staged.STAGING}_0"] == after[f"{staged.STAGING}_0"]
 
 
 # skip-existing.

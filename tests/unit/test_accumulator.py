@@ -479,6 +479,12 @@ class Model:
             self.check_packed(batch)
             self.taken[partition] = batch.next_offset
 
+    def give_back(self, partition: TopicPartition, chance: random.Random) -> None:
+        """Give back what is out: it comes again from where it began."""
+        if batch := self.out.pop(partition, None):
+            self.it.give_back(batch, self.now + chance.random(), whole_topic=chance.random() < 0.5)
+            self.taken[partition] = batch.first_offset
+
     def close(self, partition: TopicPartition) -> None:
         """Close and open again: offsets begin anew."""
         self.it.close([partition])
@@ -531,7 +537,8 @@ def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
     for _ in range(steps):
         model.now += chance.random()
         partition = chance.choice((A, B, C))
-        match chance.choices(("add", "take", "done", "close", "hurry", "split"), weights=(5, 4, 4, 1, 1, 2))[0]:
+        steps_to_take = ("add", "take", "done", "close", "hurry", "split", "give back")
+        match chance.choices(steps_to_take, weights=(5, 4, 4, 1, 1, 2, 1))[0]:
             case "add":
                 model.add(partition, [chance.choice((0, 1, 3, 9, 60)) for _ in range(chance.randint(1, 15))])
             case "take":
@@ -542,6 +549,8 @@ def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
                 model.close(partition)
             case "split":
                 model.split(partition, chance)
+            case "give back":
+                model.give_back(partition, chance)
             case _:
                 model.it.hurry([partition], "revoke")
         model.check()
@@ -550,3 +559,75 @@ def test_any_sequence(bounds: Bounds, seed: int, steps: int) -> None:
         assert model.it.memory == 0
     else:
         model.drain()
+
+
+def test_what_is_given_back_comes_again_first_and_later() -> None:
+    """Rule 3: the very batch goes again before what came after it, not before its time, and is counted once."""
+    it = gathered(Bounds(max_messages=3, max_bytes=1000, max_age=1.0), A, B)
+    add(it, A, fakes(0, 5))
+    (batch,) = it.take(0.0)
+    memory = it.memory
+    it.give_back(batch, 5.0, whole_topic=False)
+    assert (memory, 5, False) == (it.memory, it.messages, it.is_out(A))
+    assert it.holds([A])
+    assert batch.messages[0] is it.oldest(A)
+    assert (5.0, []) == (it.next_due(), it.take(4.9))
+    assert [batch] == it.take(5.0)
+    it.done(batch)
+    (rest,) = it.take(5.0)
+    assert [(0, [3, 4])] == offsets([rest])
+    it.done(rest)
+    assert (0, 0) == (it.messages, it.memory)
+    add(it, A, fakes(5, 1), 6.0)
+    assert [(0, [5])] == offsets(it.take(7.0))
+
+
+def test_one_try_of_a_topic_that_rests() -> None:
+    """While a topic's table is locked one write of it is tried at a time, and the other topics are taken as ever."""
+    free, locked = TopicPartition("free", 0), [TopicPartition("locked", number) for number in range(3)]
+    it = Accumulator(Bounds(max_messages=9, max_bytes=1000, max_age=1.0), by_topic=True, connections=4)
+    for partition in (free, *locked):
+        it.open(partition)
+    for partition in locked:
+        add(it, partition, fakes(0, 9))
+    out = [it.take(0.0)[0] for _ in locked]
+    for batch in out:
+        it.give_back(batch, 5.0, whole_topic=True)
+    add(it, free, fakes(0, 1))
+    assert [free] == [batch.partition for batch in it.take(1.0)]
+    (tried,) = it.take(5.0)
+    assert ([], None) == (it.take(9.0), it.next_due())
+    it.done(tried)
+    assert 2 == sum(len(it.take(9.0)) for _ in range(3))
+
+
+def test_the_last_connection_is_not_for_what_rests() -> None:
+    """Of partitions that wait for their transform fewer are tried than there are connections, each without others."""
+    it = Accumulator(Bounds(max_messages=9, max_bytes=1000, max_age=1.0), connections=3)
+    waiting = [TopicPartition("orders", number) for number in range(4)]
+    for partition in waiting:
+        it.open(partition)
+        add(it, partition, fakes(0, 1))
+    (*given_back, good) = it.take(1.0)
+    for batch in given_back:
+        it.give_back(batch, 2.0, whole_topic=False)
+    it.done(good)
+    add(it, good.partition, fakes(1, 1))
+    assert [1, 1, 1, 0] == [len(it.take(3.0)) for _ in range(4)]
+    assert it.is_out(good.partition)
+
+
+def test_what_rests_is_hurried_once_and_forgotten_with_its_partition() -> None:
+    """A stop tries it once more at once; a partition that is gone leaves nothing behind that would hold up others."""
+    it = gathered(WIDE, A)
+    add(it, A, fakes(0, 1))
+    (batch,) = it.take(1.0)
+    it.give_back(batch, 100.0, whole_topic=True)
+    it.hurry([A], "drain")
+    assert [batch] == it.take(2.0)
+    it.give_back(batch, 100.0, whole_topic=True)
+    assert [] == it.take(3.0)
+    it.open(A)
+    it.give_back(batch, 100.0, whole_topic=True)  # of before
+    add(it, A, fakes(0, 1))
+    assert [(0, [0])] == offsets(it.take(3.0))

@@ -227,3 +227,12 @@ def test_what_is_recalled_ages() -> None:
     assert breaker.tally(P)[:2] == (1000, 100)
     breaker.judge(of(Q, 10, 0), 102.0)
     assert (breaker.tally(P)[:2], breaker.tally(Q)[:2]) == ((0, 0), (100, 0))
+
+
+def test_good_messages_go_on_after_a_restart() -> None:
+    """A handler that was mended starts: a batch without poison halts nothing, and the next that has some does."""
+    breaker = Breaker(CONFIG)
+    breaker.recall(P, Tally(999, 999, 30.0), 100.0)
+    breaker.judge(batch(1, 0), 100.0)
+    with pytest.raises(Halt, match="1000 of the last 1001"):
+        breaker.judge(batch(1, 1), 100.0)

@@ -29,12 +29,18 @@ class Order:
     id: int
 
 
-def answer(function: Callable[..., Any], *values: bytes, alone: bool = False, noted: list[int] | None = None) -> Answer:
+def answer(
+    function: Callable[..., Any],
+    *values: bytes,
+    alone: bool = False,
+    noted: list[int] | None = None,
+    most_bytes: int = 1 << 20,
+) -> Answer:
     """Call a function for values of one partition, offsets from 0 on."""
     items = [Item(value, offset, None, None, []) for offset, value in enumerate(values)]
     transform = Transform(f"tests:{function.__name__}", function, Path(__file__).parent)
     noted = [] if noted is None else noted
-    return transform.answer(Request("orders", 0, items, alone), noted.append)
+    return transform.answer(Request("orders", 0, items, alone, most_bytes), noted.append)
 
 
 def reasons(outcomes: Sequence[Outcome]) -> list[str]:
@@ -200,10 +206,17 @@ def test_a_retry_keeps_what_came_before() -> None:
     assert ([(b'{"n":1}',)], "the lookup is down") == (found.outcomes, found.retry)
 
 
-def test_a_large_answer_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer ends with the record that fills it; the rest is asked for again."""
-    monkeypatch.setattr(module, "ANSWER_BYTES", 10)
-    assert 2 == len(answer(lambda record: record, b'{"n":1}', b'{"n":2}', b'{"n":3}').outcomes)
+def test_a_large_answer_ends_early() -> None:
+    """An answer ends with the record that fills it, that of a batch function too; the rest is asked for again."""
+
+    def same(record: Record) -> Record:
+        return record
+
+    def same_batch(records: list[Record]) -> list[Record]:
+        return records
+
+    for function in (same, same_batch):
+        assert 2 == len(answer(function, b'{"n":1}', b'{"n":2}', b'{"n":3}', most_bytes=10).outcomes)
 
 
 def test_a_batch_function_has_all_at_once() -> None:

@@ -34,6 +34,9 @@ class Sink:
     async def prepare(self, conn: Any) -> None:  # noqa: ANN401
         """Need nothing."""
 
+    async def forget(self, conn: Any) -> None:  # noqa: ANN401
+        """Have nothing to take back."""
+
     def pack(self, rows: Sequence[tuple[Any, ...]], data: Any) -> Any:  # noqa: ANN401
         """Write rows one behind the other."""
         for row in rows:
