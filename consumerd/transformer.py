@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from consumerd import where
-from consumerd.errors import Blocked, Halt, Poison, Refusal
+from consumerd.errors import Blocked, Halt, Outage, Poison, Refusal
 from consumerd.formats import selection, values
 from consumerd.runners import InProcess, InThread, Lost
 from consumerd.transform import ALL, ANSWER_BYTES, NONE, Answer, Item, Request
