@@ -339,7 +339,7 @@ class Member:
         while True:
             batches = self._batches.take(time.monotonic(), pressure=self._under_pressure())
             if batches:
-                self.progress.taken([batch for batch in batches if not batch.given_back])
+                self.progress.taken(batches)
                 return [(batch, self.assignment.leases[batch.partition]) for batch in batches]
             self._wake.clear()
             self._set_timer()

@@ -199,8 +199,10 @@ class Progress:
         metrics.messages_consumed.labels(self.handler, partition.topic, str(partition.partition)).inc(messages)
 
     def taken(self, batches: Sequence[Batch]) -> None:
-        """Count batches taken to be written."""
+        """Count batches taken to be written, each once."""
         for batch in batches:
+            if batch.given_back:
+                continue
             metrics.flushes.labels(self.handler, batch.reason).inc()
             if not batch.messages:
                 continue
