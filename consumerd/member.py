@@ -265,28 +265,44 @@ class Member:
             await self.retry(PATTERNS, self._take_up_topics)
 
     async def _follow_partitions(self) -> None:
-        """Have partitions divided anew that nobody has, look after look.
+        """Have partitions divided anew that nobody has ever begun with, look after look; once for each.
 
         A static member that starts again is given what it had, without a rebalance, and whoever led the group by then
-        does not look for what is new any more: partitions and topics that came meanwhile would be nobody's.
+        does not look for what is new any more: partitions and topics that came meanwhile would be nobody's. (To ask
+        the brokers who has what is no way: librdkafka's own assertion ended the process while they were down, seen.)
         """
-        kafka = self.config.kafka
-        if kafka.group_instance_id is None or not kafka.admin:
+        if self.config.kafka.group_instance_id is None:
             return
         assert self._thread is not None  # noqa: S101 - it was started
         seen: set[TopicPartition] = set()
+        asked: set[TopicPartition] = set()
         while (interval := self._topics.look_interval) is not None:
             await asyncio.sleep(interval)
             try:
-                now = await self._topics.unassigned(self.handler.group_id, self._found)
-                if now & seen:
-                    names = " ".join(map(str, sorted(now & seen)))
+                new = await self._never_begun() - asked
+                if left := new & seen:
+                    names = " ".join(map(str, sorted(left)))
                     log.info("nobody has partitions: joining anew", extra={"handler": self.handler.name, "left": names})
                     await self._thread.join_anew()
-                    now = set()
+                    asked |= left
             except Outage:  # the consumer meets the same, and tells
-                now = set()
-            seen = now
+                new = set()
+            seen = new
+
+    async def _never_begun(self) -> set[TopicPartition]:
+        """Return partitions that are not assigned here, and that nobody has claimed yet."""
+        others = await self._topics.partitions(self._found) - self.assignment.assigned.keys()
+        if not others or self.pause.on:
+            return set()
+        if self.checkpoints.mode == "kafka":
+            found = await self.found(sorted(others))
+            return {partition for partition in others if found[partition].committed is None}
+        conn = await self.connect()
+        try:
+            stands = await self.checkpoints.read(conn, sorted(others))
+        finally:
+            await conn.close()
+        return {partition for partition in others if partition not in stands or stands[partition].epoch == 0}
 
     async def _take_up_topics(self) -> None:
         """Read topics that have appeared; but one whose letters would not fit stops nobody else."""

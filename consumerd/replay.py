@@ -236,6 +236,9 @@ class Replay(Member):
         """Halt: whoever goes on with a replay takes all of it."""
         self.failed(Halt("checkpoint", f"another process goes on with this replay: it has claimed {partition}"))
 
+    async def _follow_partitions(self) -> None:
+        """Look for none: the range is what is read."""
+
     async def confirm_topics(self, arrived: float) -> None:
         """Make sure that what arrived at a time came of the topics that the range is of; raises Halt, Outage."""
         try:

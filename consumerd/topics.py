@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, TopicCollection
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from consumerd.brokers import client_config
@@ -163,13 +163,10 @@ class Topics:
             for name in sorted(new)
         }
 
-    async def unassigned(self, group: str, topics: Iterable[str]) -> set[TopicPartition]:
-        """Return the partitions of topics that no member of a group has; none while it is dividing them."""
+    async def partitions(self, topics: Iterable[str]) -> set[TopicPartition]:
+        """Return the partitions that topics have now."""
         there = await self._call(self._partitions)
-        held = await self._call(self._held, group)
-        if held is None:
-            return set()
-        return {TopicPartition(name, n) for name in topics for n in range(there.get(name, 0))} - held
+        return {TopicPartition(name, number) for name in topics for number in range(there.get(name, 0))}
 
     @property
     def look_interval(self) -> float | None:
@@ -324,15 +321,6 @@ class Topics:
                 if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise
         return ids
-
-    def _held(self, group: str) -> set[TopicPartition] | None:
-        """Return what the members of a group hold; None while that changes."""
-        (future,) = self._admin.describe_consumer_groups([group], request_timeout=CALL_TIMEOUT).values()
-        described = future.result(CALL_TIMEOUT)
-        if described.state != ConsumerGroupState.STABLE:
-            return None
-        assigned = [each for member in described.members for each in member.assignment.topic_partitions]
-        return {TopicPartition(each.topic, each.partition) for each in assigned}
 
     def _settings(self, topic: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
