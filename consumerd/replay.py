@@ -4,7 +4,7 @@ It is the handler's own path, from the Kafka thread to the checkpoint, with thes
 (it joins no group, and commits nothing to Kafka), its checkpoints are its own (`replay_checkpoint.py`), each partition
 is read up to an end, and the whole may be slowed down to a rate. It ends when every partition stands at its end.
 
-On trial (a dry run) every write is rolled back, and nothing else differs.
+On trial (a dry run) every write is rolled back and no letter is sent, and nothing else differs.
 """
 
 from __future__ import annotations
@@ -177,7 +177,11 @@ class Replay(Member):
         if plan.rate is not None:
             most = min(batch.max_messages, max(2, plan.rate // WRITES_PER_SECOND))
             batch = batch.model_copy(update={"max_messages": most})
-        handler = plan.handler.model_copy(update={"topics": topics, "batch": batch, "checkpoint": "postgres"})
+        poison = plan.handler.poison
+        if plan.on_trial and poison.action == "dead-letter":  # letters do not roll back
+            poison = poison.model_copy(update={"action": "skip"})
+        changes = {"topics": topics, "batch": batch, "checkpoint": "postgres", "poison": poison}
+        handler = plan.handler.model_copy(update=changes)
         super().__init__(config, handler, memory)
         self.plan = plan
         self.on_trial = plan.on_trial

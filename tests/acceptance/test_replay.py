@@ -195,6 +195,8 @@ def test_skip_existing_fills_what_is_missing(scene: Scene, daemon: MakeDaemon, a
     assert there == scene.replay("--execute")["existing"]
     assert scene.stream.good() == set(rows(scene.dsn, "events"))
     assert len(scene.stream.bad()) == len(letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq"))
+    assert len(scene.stream.bad()) == sum(scene.replay("--dead-letter")["refused"].values())
+    assert len(scene.stream.bad()) == len(letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq"))
     scene.replay("--execute", "--dead-letter")
     assert 2 * len(scene.stream.bad()) == len(letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq"))
     assert checkpoints == execute(scene.dsn, "SELECT * FROM consumerd.checkpoint ORDER BY topic, partition")
