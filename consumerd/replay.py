@@ -267,6 +267,7 @@ class Replay(Member):
         """Open a leased partition."""
         super().started(partition, offset)
         self._at[partition] = offset
+        self._look_for_the_end()  # it may stand there already: by another run, or a write whose answer was lost
 
     def release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""
@@ -315,6 +316,9 @@ class Replay(Member):
         super().written(work, seconds, existing)
         for batch, _ in work:
             self._skip_to_the_end(batch.partition)
+        self._look_for_the_end()
+
+    def _look_for_the_end(self) -> None:
         if all(self._at[partition] >= of.end for partition, of in self.plan.ranges.items()):
             self.ended.set()
 
