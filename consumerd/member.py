@@ -498,8 +498,11 @@ class Member:
             if messages[0].offset() < position:
                 messages = [message for message in messages if message.offset() >= position]
                 size, packed = size_of(messages), Packed(messages=len(messages))
-            if messages and chunk.partition in self.accepted.skips:
-                skipped = self.accepted.skipped(chunk.partition, messages)
+            if (
+                messages
+                and chunk.partition in self.accepted.skips
+                and (skipped := self.accepted.skipped(chunk.partition, messages))
+            ):
                 self.progress.consumed(chunk.partition, len(skipped))
                 messages = [message for message in messages if message.offset() not in skipped]
                 size, packed = size_of(messages), Packed(messages=len(messages))
