@@ -13,6 +13,12 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from consumerd.commands.ranges import parse
+from consumerd.commands.replay import execute as run
+from consumerd.commands.replay import plan
+from consumerd.commands.replay_plan import Wish
+from consumerd.errors import Halt
+from consumerd.loader import load
 from tests.acceptance.events import caught_up, handler
 from tests.acceptance.stream import COLUMNS, Stream, doubled, letters, make_table, rows
 from tests.conftest import MakeDaemon, MakeTopic
@@ -176,6 +182,20 @@ def test_a_forgotten_replay_writes_nothing_more(scene: Scene) -> None:
     assert not scene.replay(*INTO)["goes_on"]
     scene.check_copy()
     assert "to public.copy already" in scene.replay(*INTO, code=FAILED)["said"]
+
+
+async def test_of_two_replays_that_overlap_one_begins(scene: Scene) -> None:
+    """P2: of two that were planned at once, each by another range, the second is refused where it would begin."""
+    scene.stream.produce(100)
+    config = load(scene.folder / "consumerd.toml")
+    (appends,) = config.handlers
+    now = dt.datetime.now(dt.UTC)
+    wishes = [Wish(asked=parse((), (), None, topics, now=now), into="copy") for topics in ((), (scene.stream.topic,))]
+    planned = [await plan(config, appends, wish) for wish in wishes]
+    await run(config, appends, wishes[0], planned[0], lambda _: None)
+    with pytest.raises(Halt, match=r"to public\.copy already"):
+        await run(config, appends, wishes[1], planned[1], lambda _: None)
+    scene.check_copy()
 
 
 def test_skip_existing_fills_what_is_missing(scene: Scene, daemon: MakeDaemon, admin: AdminClient) -> None:
