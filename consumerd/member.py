@@ -221,6 +221,10 @@ class Member:
         """Take note that another member has claimed a partition that is assigned here."""
         self.assignment.claim_later(partition)
 
+    def epoch_of_letters(self, partition: TopicPartition, lease: Lease) -> int:  # noqa: ARG002 - a replay's
+        """Return the epoch that letters of a partition carry: by it they are told from those that were settled."""
+        return lease.epoch
+
     def _letters_of_all(self) -> list[str]:
         return [handler.dead_letter.topic for handler in self.config.handlers]
 

@@ -22,6 +22,7 @@ from consumerd import brokers, postgres
 from consumerd.accumulator import size_of
 from consumerd.assignment import Assignment
 from consumerd.brokers import consumer_config
+from consumerd.checkpoint import Checkpoints
 from consumerd.decide import Decision
 from consumerd.errors import Halt, Outage
 from consumerd.kafka import Chunk, ConsumerThread
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.accumulator import Batch
-    from consumerd.checkpoint import Checkpoints, KafkaCheckpoints
+    from consumerd.checkpoint import KafkaCheckpoints, Lease, Stand
     from consumerd.commits import Commit
     from consumerd.config import Config, HandlerConfig
     from consumerd.decide import Committed, Stored
@@ -191,6 +192,8 @@ class Replay(Member):
         self._at = {partition: of.start for partition, of in plan.ranges.items()}
         self._through: set[TopicPartition] = set()
         """Partitions of which everything up to the end was received."""
+        self._live: Mapping[TopicPartition, Stand] = {}
+        """Where the handler stood when this run began."""
         self._holding: set[asyncio.Task[None]] = set()
         self._free_at = -math.inf
         """When the rate allows the next message."""
@@ -222,10 +225,12 @@ class Replay(Member):
     async def _connect(self) -> AsyncConnection[Any]:
         return await postgres.connect(self.config.postgres, f"consumerd/replay-{self.handler.name}")
 
-    async def _open_checkpoints(self, conn: AsyncConnection[Any]) -> Checkpoints | KafkaCheckpoints:  # noqa: ARG002
+    async def _open_checkpoints(self, conn: AsyncConnection[Any]) -> Checkpoints | KafkaCheckpoints:
         if self.on_trial:
             return TrialCheckpoints("", self.tables.target, self.plan.ranges, lambda: self.assignment.leases)
         schema, group = self.config.postgres.schema_name, self.plan.group
+        live = Checkpoints(schema, self.handler.group_id, self.tables.target)
+        self._live = await live.read(conn, sorted(self.plan.ranges))
         return ReplayCheckpoints(schema, group, self.tables.target, live=self.handler.group_id)
 
     def _new_thread(self, topics: Sequence[str]) -> ConsumerThread:
@@ -235,6 +240,10 @@ class Replay(Member):
         thread = RangeThread(settings, topics, self, self.handler.name, self.budget.batch)
         thread.partitions = sorted(self.plan.ranges)
         return thread
+
+    def epoch_of_letters(self, partition: TopicPartition, lease: Lease) -> int:  # noqa: ARG002 - as Member
+        """Return the handler's: the epochs of a replay count its own runs, and say nothing of the handler's letters."""
+        return self._live[partition].epoch if partition in self._live else 0
 
     def outrun(self, partition: TopicPartition) -> None:
         """Halt: whoever goes on with a replay takes all of it."""

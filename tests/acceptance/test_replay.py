@@ -223,6 +223,21 @@ def test_skip_existing_fills_what_is_missing(scene: Scene, daemon: MakeDaemon, a
     assert "running" == run.status()["handlers"]["events"]["state"]
 
 
+def test_letters_of_a_replay_are_of_the_handlers_epoch(scene: Scene, daemon: MakeDaemon) -> None:
+    """By its epoch a letter is told from the row that settled an earlier one: a replay's own would hide the next."""
+    execute(scene.dsn, "ALTER TABLE events ADD PRIMARY KEY (n)")
+    scene.stream.produce(100)
+    keys = {"table": {"name": "events", "write": "skip-existing"}}
+    run = daemon({"events": scene.handler(**keys)}, {"postgres": {"dsn": scene.dsn}})
+    scene.folder = run.config.parent
+    wait_until(lambda: caught_up(run, {"events": scene.stream}), TIMEOUT, "all rows")
+    run.stop()
+    execute(scene.dsn, "UPDATE consumerd.checkpoint SET epoch = 7")
+    scene.replay("--execute", "--dead-letter")
+    sent = letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq")
+    assert {b"1", b"7"} == {dict(letter.headers() or [])["consumerd.epoch"] for letter in sent}
+
+
 def test_what_would_double_rows_or_undo_newer_ones_is_refused(scene: Scene) -> None:
     """Rule 26: an append, an upsert without a guard up to elsewhere than its end, a table that another group writes."""
     execute(scene.dsn, "ALTER TABLE events ADD PRIMARY KEY (grp)")
