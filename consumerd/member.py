@@ -230,6 +230,10 @@ class Member:
         """Take note that another member has claimed a partition that is assigned here."""
         self.assignment.claim_later(partition)
 
+    def epoch_of_letters(self, partition: TopicPartition, lease: Lease) -> int:  # noqa: ARG002 - a replay's
+        """Return the epoch that letters of a partition carry: by it they are told from those that were settled."""
+        return lease.epoch
+
     def _letters_of_all(self) -> list[str]:
         return [handler.dead_letter.topic for handler in self.config.handlers]
 
@@ -537,8 +541,11 @@ class Member:
             if messages[0].offset() < position:
                 messages = [message for message in messages if message.offset() >= position]
                 size, packed = size_of(messages), Packed(messages=len(messages))
-            if messages and chunk.partition in self.accepted.skips:
-                skipped = self.accepted.skipped(chunk.partition, messages)
+            if (
+                messages
+                and chunk.partition in self.accepted.skips
+                and (skipped := self.accepted.skipped(chunk.partition, messages))
+            ):
                 self.progress.consumed(chunk.partition, len(skipped))
                 messages = [message for message in messages if message.offset() not in skipped]
                 size, packed = size_of(messages), Packed(messages=len(messages))

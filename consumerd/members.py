@@ -103,11 +103,8 @@ class Members:
 
     async def drain(self, members: Iterable[Member]) -> bool:
         """Drain members side by side, and end them; False when something was not written in time."""
-        members = list(members)
         deadline = time.monotonic() + self.config.daemon.drain_timeout
-        drained = await asyncio.gather(*(member.drain(deadline) for member in members))
-        await asyncio.gather(*(self._end(member, deadline) for member in members))
-        return all(drained)
+        return all(await asyncio.gather(*(self._leave(member, deadline) for member in members)))
 
     def add(self, config: Config, handler: HandlerConfig, memory: int, accepted: Accepted | None = None) -> Member:
         """Start a member for a handler, in the place of the one that was drained."""
@@ -202,6 +199,12 @@ class Members:
         task = asyncio.create_task(member.run(), name=member.handler.name)
         self._tasks[member.handler.name] = task
         task.add_done_callback(self._ended)
+
+    async def _leave(self, member: Member, deadline: float) -> bool:
+        """Drain a member and end it at once: one that has not begun must not join its group while others drain."""
+        drained = await member.drain(deadline)
+        await self._end(member, deadline)
+        return drained
 
     async def _end(self, member: Member, deadline: float) -> None:
         """End a member's task; that of one that halts is leaving its group, and ends by itself."""

@@ -4,7 +4,7 @@ It is the handler's own path, from the Kafka thread to the checkpoint, with thes
 (it joins no group, and commits nothing to Kafka), its checkpoints are its own (`replay_checkpoint.py`), each partition
 is read up to an end, and the whole may be slowed down to a rate. It ends when every partition stands at its end.
 
-On trial (a dry run) every write is rolled back, and nothing else differs.
+On trial (a dry run) every write is rolled back and no letter is sent, and nothing else differs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from consumerd import brokers, postgres
 from consumerd.accumulator import size_of
 from consumerd.assignment import Assignment
 from consumerd.brokers import consumer_config
+from consumerd.checkpoint import Checkpoints
 from consumerd.decide import Decision
 from consumerd.errors import Halt, Outage
 from consumerd.kafka import Chunk, ConsumerThread
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
     from consumerd.accumulator import Batch
-    from consumerd.checkpoint import Checkpoints, KafkaCheckpoints
+    from consumerd.checkpoint import KafkaCheckpoints, Lease, Stand
     from consumerd.commits import Commit
     from consumerd.config import Config, HandlerConfig
     from consumerd.decide import Committed, Stored
@@ -177,7 +178,11 @@ class Replay(Member):
         if plan.rate is not None:
             most = min(batch.max_messages, max(2, plan.rate // WRITES_PER_SECOND))
             batch = batch.model_copy(update={"max_messages": most})
-        handler = plan.handler.model_copy(update={"topics": topics, "batch": batch, "checkpoint": "postgres"})
+        poison = plan.handler.poison
+        if plan.on_trial and poison.action == "dead-letter":  # letters do not roll back
+            poison = poison.model_copy(update={"action": "skip"})
+        changes = {"topics": topics, "batch": batch, "checkpoint": "postgres", "poison": poison}
+        handler = plan.handler.model_copy(update=changes)
         super().__init__(config, handler, memory)
         self.plan = plan
         self.on_trial = plan.on_trial
@@ -187,6 +192,8 @@ class Replay(Member):
         self._at = {partition: of.start for partition, of in plan.ranges.items()}
         self._through: set[TopicPartition] = set()
         """Partitions of which everything up to the end was received."""
+        self._live: Mapping[TopicPartition, Stand] = {}
+        """Where the handler stood when this run began."""
         self._holding: set[asyncio.Task[None]] = set()
         self._free_at = -math.inf
         """When the rate allows the next message."""
@@ -218,10 +225,12 @@ class Replay(Member):
     async def _connect(self) -> AsyncConnection[Any]:
         return await postgres.connect(self.config.postgres, f"consumerd/replay-{self.handler.name}")
 
-    async def _open_checkpoints(self, conn: AsyncConnection[Any]) -> Checkpoints | KafkaCheckpoints:  # noqa: ARG002
+    async def _open_checkpoints(self, conn: AsyncConnection[Any]) -> Checkpoints | KafkaCheckpoints:
         if self.on_trial:
             return TrialCheckpoints("", self.tables.target, self.plan.ranges, lambda: self.assignment.leases)
         schema, group = self.config.postgres.schema_name, self.plan.group
+        live = Checkpoints(schema, self.handler.group_id, self.tables.target)
+        self._live = await live.read(conn, sorted(self.plan.ranges))
         return ReplayCheckpoints(schema, group, self.tables.target, live=self.handler.group_id)
 
     def _new_thread(self, topics: Sequence[str]) -> ConsumerThread:
@@ -231,6 +240,10 @@ class Replay(Member):
         thread = RangeThread(settings, topics, self, self.handler.name, self.budget.batch)
         thread.partitions = sorted(self.plan.ranges)
         return thread
+
+    def epoch_of_letters(self, partition: TopicPartition, lease: Lease) -> int:  # noqa: ARG002 - as Member
+        """Return the handler's: the epochs of a replay count its own runs, and say nothing of the handler's letters."""
+        return self._live[partition].epoch if partition in self._live else 0
 
     def outrun(self, partition: TopicPartition) -> None:
         """Halt: whoever goes on with a replay takes all of it."""
@@ -266,6 +279,7 @@ class Replay(Member):
         """Open a leased partition."""
         super().started(partition, offset)
         self._at[partition] = offset
+        self._look_for_the_end()  # it may stand there already: by another run, or a write whose answer was lost
 
     def release(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget partitions with all that is gathered of them."""
@@ -314,6 +328,9 @@ class Replay(Member):
         super().written(work, seconds, existing)
         for batch, _ in work:
             self._skip_to_the_end(batch.partition)
+        self._look_for_the_end()
+
+    def _look_for_the_end(self) -> None:
         if all(self._at[partition] >= of.end for partition, of in self.plan.ranges.items()):
             self.ended.set()
 

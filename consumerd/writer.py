@@ -336,7 +336,7 @@ class Writer:
             raise _poisoned(batch, member)
         member.breaker.judge(batch, time.monotonic())
         if action == "dead-letter":
-            await member.letters.send(batch, lease.epoch)
+            await member.letters.send(batch, member.epoch_of_letters(batch.partition, lease))
         return True
 
     async def _connection(self, mapping: Mapping) -> AsyncConnection[Any]:

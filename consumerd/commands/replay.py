@@ -15,10 +15,11 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from consumerd import postgres
-from consumerd.commands.replay_plan import prepare
+from consumerd.commands.replay_plan import prepare, refuse_repeats
 from consumerd.commands.replays import Begun, Replays
 from consumerd.daemon import GC_ALLOCATIONS
 from consumerd.errors import ConsumerdError, UsageError
@@ -107,7 +108,11 @@ async def execute(
     try:
         replays = Replays(conn, config.postgres.schema_name, handler.group_id)
         await replays.make()
-        number = prepared.goes_on.id if prepared.goes_on else await replays.begin(_begun(handler, wish, prepared))
+        if prepared.goes_on is not None:
+            number = prepared.goes_on.id
+        else:
+            look = partial(refuse_repeats, replays, prepared)  # another may have begun since it was prepared
+            number = await replays.begin(_begun(handler, wish, prepared), look)
         for partition, of in prepared.ranges.items() if prepared.goes_on else ():
             await replays.leave_out(number, partition, of.start)
         run = await replays.run(number)

@@ -112,7 +112,7 @@ async def prepare(config: Config, configured: HandlerConfig, wish: Wish, conn: A
         goes_on=same,
         others=tuple(record for record in unfinished if record is not same),
     )
-    await _refuse_repeats(replays, prepared)
+    await refuse_repeats(replays, prepared)
     return prepared
 
 
@@ -183,7 +183,7 @@ async def _may_write(
     return True
 
 
-async def _refuse_repeats(replays: Replays, prepared: Prepared) -> None:
+async def refuse_repeats(replays: Replays, prepared: Prepared) -> None:
     """Refuse to append what another replay has appended to the same table, or to undo what one has written there."""
     table, targets = prepared.handler.table, prepared.targets
     if table.write == "skip-existing" or (table.version is not None and table.tombstones != "delete"):

@@ -16,7 +16,7 @@ from consumerd.types import TopicPartition
 
 if TYPE_CHECKING:
     import datetime as dt
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from psycopg import AsyncConnection
 
@@ -167,10 +167,12 @@ class Replays:
         names = Record.__slots__
         return [Record(**dict(zip(names, row, strict=True))) for row in rows]
 
-    async def begin(self, begun: Begun) -> int:
-        """Make the record and the checkpoints of a replay."""
+    async def begin(self, begun: Begun, look: Callable[[], Awaitable[None]]) -> int:
+        """Make the record and the checkpoints of a replay, while no other begins; `look` raises Halt if it may not."""
         partitions = sorted(begun.ranges)
         async with postgres.transaction(self._conn):
+            await self._conn.execute("SELECT pg_advisory_xact_lock(hashtext('consumerd replay'))")
+            await look()
             rows = await self._call(
                 _BEGIN, handler=begun.handler, group=self._group, range=begun.range, target=begun.target
             )

@@ -13,6 +13,12 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from consumerd.commands.ranges import parse
+from consumerd.commands.replay import execute as run
+from consumerd.commands.replay import plan
+from consumerd.commands.replay_plan import Wish
+from consumerd.errors import Halt
+from consumerd.loader import load
 from tests.acceptance.events import caught_up, handler
 from tests.acceptance.stream import COLUMNS, Stream, doubled, letters, make_table, rows
 from tests.conftest import MakeDaemon, MakeTopic
@@ -178,6 +184,20 @@ def test_a_forgotten_replay_writes_nothing_more(scene: Scene) -> None:
     assert "to public.copy already" in scene.replay(*INTO, code=FAILED)["said"]
 
 
+async def test_of_two_replays_that_overlap_one_begins(scene: Scene) -> None:
+    """P2: of two that were planned at once, each by another range, the second is refused where it would begin."""
+    scene.stream.produce(100)
+    config = load(scene.folder / "consumerd.toml")
+    (appends,) = config.handlers
+    now = dt.datetime.now(dt.UTC)
+    wishes = [Wish(asked=parse((), (), None, topics, now=now), into="copy") for topics in ((), (scene.stream.topic,))]
+    planned = [await plan(config, appends, wish) for wish in wishes]
+    await run(config, appends, wishes[0], planned[0], lambda _: None)
+    with pytest.raises(Halt, match=r"to public\.copy already"):
+        await run(config, appends, wishes[1], planned[1], lambda _: None)
+    scene.check_copy()
+
+
 def test_skip_existing_fills_what_is_missing(scene: Scene, daemon: MakeDaemon, admin: AdminClient) -> None:
     """Beside a handler that runs, a replay brings back rows that were deleted, and disturbs nothing of it.
 
@@ -195,10 +215,27 @@ def test_skip_existing_fills_what_is_missing(scene: Scene, daemon: MakeDaemon, a
     assert there == scene.replay("--execute")["existing"]
     assert scene.stream.good() == set(rows(scene.dsn, "events"))
     assert len(scene.stream.bad()) == len(letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq"))
+    assert len(scene.stream.bad()) == sum(scene.replay("--dead-letter")["refused"].values())
+    assert len(scene.stream.bad()) == len(letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq"))
     scene.replay("--execute", "--dead-letter")
     assert 2 * len(scene.stream.bad()) == len(letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq"))
     assert checkpoints == execute(scene.dsn, "SELECT * FROM consumerd.checkpoint ORDER BY topic, partition")
     assert "running" == run.status()["handlers"]["events"]["state"]
+
+
+def test_letters_of_a_replay_are_of_the_handlers_epoch(scene: Scene, daemon: MakeDaemon) -> None:
+    """By its epoch a letter is told from the row that settled an earlier one: a replay's own would hide the next."""
+    execute(scene.dsn, "ALTER TABLE events ADD PRIMARY KEY (n)")
+    scene.stream.produce(100)
+    keys = {"table": {"name": "events", "write": "skip-existing"}}
+    run = daemon({"events": scene.handler(**keys)}, {"postgres": {"dsn": scene.dsn}})
+    scene.folder = run.config.parent
+    wait_until(lambda: caught_up(run, {"events": scene.stream}), TIMEOUT, "all rows")
+    run.stop()
+    execute(scene.dsn, "UPDATE consumerd.checkpoint SET epoch = 7")
+    scene.replay("--execute", "--dead-letter")
+    sent = letters(scene.stream.bootstrap, f"{scene.stream.topic}.dlq")
+    assert {b"1", b"7"} == {dict(letter.headers() or [])["consumerd.epoch"] for letter in sent}
 
 
 def test_what_would_double_rows_or_undo_newer_ones_is_refused(scene: Scene) -> None:

@@ -4,6 +4,7 @@ import datetime as dt
 import io
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,9 +14,10 @@ from consumerd.brokers import Found
 from consumerd.checkpoint import Lease
 from consumerd.commands.ranges import Asked, chosen, parse, within
 from consumerd.commands.replay_text import CLEAR_LINE, Teller, duration
+from consumerd.config import HandlerConfig, TableConfig
 from consumerd.decide import Stored
 from consumerd.errors import Halt, UsageError
-from consumerd.replay import Counts, RangeAssignment, Replay
+from consumerd.replay import Counts, Plan, RangeAssignment, Replay
 from consumerd.replay_checkpoint import Range
 from consumerd.topics import Topic
 from consumerd.types import TopicPartition
@@ -207,3 +209,17 @@ async def test_a_replay_without_its_checkpoint_halts() -> None:
     """A replay that was forgotten claims nothing, and does not wait for ever."""
     with pytest.raises(Halt, match="the checkpoint of this replay for a:0 is gone"):
         await claim({})
+
+
+async def test_a_replay_that_finds_itself_at_its_end_is_over() -> None:
+    """Another run has written the last of it since it was planned, or its own write had landed unanswered."""
+    handler: Any = HandlerConfig.model_validate(
+        {"name": "h", "path": Path("h.toml"), "topics": ("a",), "table": TableConfig(name="t", write="skip-existing")}
+    )
+    config: Any = SimpleNamespace(path=Path("consumerd.toml"), kafka=None, handlers=(handler,))
+    replay = Replay(config, Plan(handler=handler, ranges={A0: Range(2, 4), A1: Range(0, 9)}, group="g"), 1 << 24)
+    replay.assignment = cast("Any", SimpleNamespace(leases={}))
+    replay.started(A0, 4)
+    assert not replay.ended.is_set()
+    replay.started(A1, 9)
+    assert replay.ended.is_set()

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 1000
 """Letters that are held at once: most may fail again, and each that does costs statements."""
+MOST_DOUBLED = 30
+"""Times that a wait is doubled, at most: of a longer outage the wait would be no number any more."""
 
 
 class Taken(ConsumerdError):  # noqa: N818 - as those of `consumerd.errors`
@@ -159,7 +161,7 @@ class Waits:
         if not self._tries:
             log.warning("waiting: %s", outage)
         self._tries += 1
-        longest = min(self._retry.max, self._retry.initial * 2**self._tries)
+        longest = min(self._retry.max, self._retry.initial * 2 ** min(self._tries, MOST_DOUBLED))
         try:
             await asyncio.wait_for(self.stop.wait(), random.uniform(longest / 2, longest))  # noqa: S311 - jitter
         except TimeoutError:
