@@ -52,20 +52,32 @@ CREATE TABLE IF NOT EXISTS {schema}.checkpoint (
 ) WITH (fillfactor = 50);
 ALTER TABLE {schema}.checkpoint ADD COLUMN IF NOT EXISTS judged_messages bigint NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS judged_refused bigint NOT NULL DEFAULT 0, ADD COLUMN IF NOT EXISTS judged_at timestamptz;
+CREATE TABLE IF NOT EXISTS {schema}.claims (
+    group_id text NOT NULL,
+    topic text NOT NULL,
+    partition integer NOT NULL,
+    epoch bigint NOT NULL,
+    topic_id text,
+    next_offset bigint NOT NULL,
+    PRIMARY KEY (group_id, topic, partition, epoch)
+);
 """
 """What `consumerd setup` makes. Half-filled pages keep the checkpoint's updates within their page (HOT). The last three
-are what the breaker has counted of the partition, for whoever holds it next; a schema made before them gets them."""
+of its columns are what the breaker has counted of the partition, for whoever holds it next; a schema made before them
+gets them. `claims` tells from where each epoch read: a letter that was written under an earlier one, of a message from
+there on, tells nothing of what became of that message (`consumerd.letters`)."""
 
 CLAIM_TIMEOUT = "SET lock_timeout = '10s'"
 """Longer than it takes to end the transaction of a member that was stopped in it (`consumerd.watch`)."""
 
 _THERE = """\
 SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attname = 'judged_at'
-WHERE n.nspname = %(schema)s AND c.relname = 'checkpoint'"""
+WHERE n.nspname = %(schema)s AND c.relname = 'claims'"""
+"""The table that came last."""
 
 _TRY = """\
-SELECT store, (SELECT count(*) FROM {schema}.checkpoint WHERE false) FROM {schema}.store"""
+SELECT store, (SELECT count(*) FROM {schema}.checkpoint WHERE false), (SELECT count(*) FROM {schema}.claims WHERE false)
+FROM {schema}.store"""
 
 _APPEAR = """\
 INSERT INTO {checkpoint} (group_id, topic, partition, next_offset, target, mode)
@@ -86,15 +98,26 @@ WITH locked AS (
         AS t (topic, partition, target) USING (topic, partition)
     WHERE c.group_id = %(group)s
     ORDER BY topic, partition FOR UPDATE OF c
+), claimed AS (
+    UPDATE {checkpoint} c SET epoch = c.epoch + 1, seen_at = now(),
+        target = CASE WHEN c.next_offset >= 0 THEN c.target ELSE l.target END
+    FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
+    RETURNING c.*
+), noted AS (
+    INSERT INTO {schema}.claims (group_id, topic, partition, epoch, topic_id, next_offset)
+    SELECT group_id, topic, partition, epoch, topic_id, next_offset FROM claimed WHERE next_offset >= 0
+    ON CONFLICT (group_id, topic, partition, epoch) DO UPDATE SET next_offset = excluded.next_offset
+), covered AS (
+    DELETE FROM {schema}.claims k USING claimed c
+    WHERE k.group_id = c.group_id AND k.topic = c.topic AND k.partition = c.partition AND k.epoch < c.epoch
+      AND k.next_offset >= c.next_offset AND k.topic_id IS NOT DISTINCT FROM c.topic_id
 )
-UPDATE {checkpoint} c SET epoch = c.epoch + 1, seen_at = now(),
-    target = CASE WHEN c.next_offset >= 0 THEN c.target ELSE l.target END
-FROM locked l WHERE c.group_id = %(group)s AND c.topic = l.topic AND c.partition = l.partition
-RETURNING c.topic, c.partition, c.topic_id, c.next_offset, c.max_offset, c.epoch, c.target, c.leader_epoch,
-    c.judged_messages, c.judged_refused, coalesce(extract(epoch FROM now() - c.judged_at), 0)::float8"""
+SELECT topic, partition, topic_id, next_offset, max_offset, epoch, target, leader_epoch,
+    judged_messages, judged_refused, coalesce(extract(epoch FROM now() - judged_at), 0)::float8 FROM claimed"""
+"""An earlier claim from a later offset, or the same, says nothing more: a crash again and again leaves one row."""
 
 _OTHER_GROUP = """\
-SELECT c.group_id, c.topic, c.target
+SELECT c.group_id, c.topic, c.target, c.seen_at > now() - interval '10 minutes'
 FROM {checkpoint} c JOIN unnest(%(topics)s::text[], %(ids)s::text[], %(targets)s::text[])
     AS t (topic, id, target) USING (topic)
 WHERE c.target = t.target AND c.group_id <> %(group)s AND c.next_offset >= 0
@@ -120,13 +143,22 @@ FROM held h WHERE c.group_id = %(group)s AND c.topic = h.topic AND c.partition =
 RETURNING c.topic, c.partition"""
 
 _PLACE = """\
-UPDATE {checkpoint} SET next_offset = %(offset)s,
-    max_offset = CASE WHEN topic_id <> %(topic_id)s THEN %(offset)s ELSE coalesce(max_offset, %(offset)s) END,
-    judged_messages = CASE WHEN %(forget)s THEN 0 ELSE judged_messages END,
-    judged_refused = CASE WHEN %(forget)s THEN 0 ELSE judged_refused END,
-    topic_id = %(topic_id)s, leader_epoch = NULL, seen_at = now()
-WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s AND epoch = %(epoch)s
-RETURNING 1"""
+WITH placed AS (
+    UPDATE {checkpoint} SET next_offset = %(offset)s,
+        max_offset = CASE WHEN topic_id <> %(topic_id)s THEN %(offset)s ELSE coalesce(max_offset, %(offset)s) END,
+        judged_messages = CASE WHEN %(forget)s THEN 0 ELSE judged_messages END,
+        judged_refused = CASE WHEN %(forget)s THEN 0 ELSE judged_refused END,
+        topic_id = %(topic_id)s, leader_epoch = NULL, seen_at = now()
+    WHERE group_id = %(group)s AND topic = %(topic)s AND partition = %(partition)s AND epoch = %(epoch)s
+    RETURNING group_id, topic, partition, epoch, topic_id, next_offset
+), noted AS (
+    INSERT INTO {schema}.claims AS k (group_id, topic, partition, epoch, topic_id, next_offset)
+    SELECT group_id, topic, partition, epoch, topic_id, next_offset FROM placed
+    ON CONFLICT (group_id, topic, partition, epoch) DO UPDATE SET topic_id = excluded.topic_id,
+        next_offset = CASE WHEN k.topic_id <> excluded.topic_id THEN excluded.next_offset
+                           ELSE least(k.next_offset, excluded.next_offset) END
+)
+SELECT 1 FROM placed"""
 
 _LOOK = """\
 SELECT topic, partition, topic_id, next_offset, max_offset, epoch, target FROM {checkpoint}
@@ -181,6 +213,7 @@ GRANTS = """\
 GRANT USAGE ON SCHEMA {schema} TO {role};
 GRANT SELECT ON {schema}.store TO {role};
 GRANT SELECT, INSERT, UPDATE ON {schema}.checkpoint TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.claims TO {role};
 """
 """What a role needs that does not own the schema."""
 
@@ -291,13 +324,14 @@ class Checkpoints:
         ids = [topics[partition.topic].topic_id for partition in partitions]
         others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
         if others:
-            ((other, topic, target),) = others
+            ((other, topic, target, lately),) = others
             forget = f"DELETE FROM {self._names['checkpoint'].as_string()} WHERE group_id = '{other}'"  # noqa: S608
+            over = f"; or, if that group is over, forget it: {forget}"
             raise Halt(
                 "checkpoint",
                 f"group {other} writes {topic} to {target} already, and group {self.group} has no "
-                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped; or, if that '
-                f"group is over, forget it: {forget}",
+                f'checkpoint: a renamed handler? Set `group_id = "{other}"` to go on where it stopped'
+                + (", once it is stopped: it has written in the last ten minutes" if lately else over),
             )
 
     async def place(

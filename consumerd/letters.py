@@ -8,6 +8,10 @@ says: of two redrives at once one finds that its letters were taken, and a trans
 known by its run. A letter that the handler may read again (its checkpoint is not behind it: the handler crashed between
 letter and checkpoint) is not taken.
 
+A letter whose message the handler has read again since (it halted or crashed between letter and checkpoint, or an
+operator has set the offsets back) is passed over, once the checkpoint is past it: if the message failed again there is
+another letter of it, if not it is a row. From where each epoch read is in `claims` (`consumerd.checkpoint`).
+
 A letter that was written after its row moved is open again: an operator has set the offsets back, and the message
 failed once more. Letters carry the epoch under which they were written, a row that of the checkpoint as it moved. By
 time alone the late letter of a member that was stopped, and has long lost its partition, would be a new one.
@@ -103,8 +107,15 @@ coalesce((SELECT c.epoch FROM {schema}.checkpoint c
 _SETTLED = """\
 EXISTS (SELECT FROM {schema}.checkpoint c
         WHERE c.group_id = %(group)s AND c.topic = w.topic AND c.partition = w.partition
-          AND (c.next_offset > w.source_offset OR (w.topic_id <> '' AND c.topic_id <> w.topic_id)))"""
-"""The handler does not read the message again: it is behind its checkpoint, or its topic was made again since."""
+          AND (c.next_offset > w.source_offset OR (w.topic_id <> '' AND c.topic_id <> w.topic_id)))
+AND NOT EXISTS (SELECT FROM {schema}.claims k
+        WHERE k.group_id = %(group)s AND k.topic = w.topic AND k.partition = w.partition AND k.epoch > w.epoch
+          AND k.next_offset <= w.source_offset AND (w.topic_id = '' OR coalesce(k.topic_id = w.topic_id, true)))"""
+"""The handler does not read the message again: it is behind its checkpoint, or its topic was made again since. And it
+has not read it again since: what became of the message then is another letter, or a row."""
+
+_CLAIMS = """\
+SELECT topic, partition, topic_id, epoch, next_offset FROM {schema}.claims WHERE group_id = %(group)s"""
 
 
 class Place(NamedTuple):
@@ -113,6 +124,14 @@ class Place(NamedTuple):
     topic: str
     topic_id: str
     partition: int
+
+
+class Claim(NamedTuple):
+    """From where the messages of a partition were read under an epoch."""
+
+    topic_id: str | None
+    epoch: int
+    next_offset: int
 
 
 class State(NamedTuple):
@@ -189,6 +208,13 @@ class Letters:
             (topic, partition): (topic_id, next_offset or 0)
             for topic, partition, topic_id, next_offset in await self._call(conn, _CHECKPOINTS)
         }
+
+    async def claims(self, conn: AsyncConnection[Any]) -> dict[tuple[str, int], list[Claim]]:
+        """Return the claims of the group's partitions."""
+        claims: dict[tuple[str, int], list[Claim]] = {}
+        for topic, partition, *claim in await self._call(conn, _CLAIMS):
+            claims.setdefault((topic, partition), []).append(Claim(*claim))
+        return claims
 
     def move(self, changes: Sequence[Change], target: str | None) -> Statement:
         """Return what moves letters, in the order of their keys; it answers with a row for each that stood as read.

@@ -38,7 +38,7 @@ Model = TypeVar("Model", Config, HandlerConfig)
 ANY: Final = "*"
 """Any one part of a key path."""
 
-OWN_TABLES: Final = ("checkpoint", "store", "letters", "replays", "replay_checkpoint")
+OWN_TABLES: Final = ("checkpoint", "claims", "store", "letters", "replays", "replay_checkpoint")
 """The tables of `postgres.schema` that are the daemon's."""
 
 REQUIRED: Final[Mapping[KeyPath, str]] = {

@@ -335,7 +335,13 @@ class Member:
 
     async def _halt(self, halt: Halt) -> None:
         """Leave the group, free the buffers, and say why; the daemon and its other handlers go on."""
-        self.progress.lag(self.unwritten())  # its age is known as long as the messages are there
+        # What was received is there to be read, though the watermark is looked at later; its age is known for as long
+        # as the messages are here.
+        received = {
+            partition: at for partition, at in self._positions.items() if at > self.progress.high.get(partition, 0)
+        }
+        self.progress.watermarks(received)
+        self.progress.lag(self.unwritten())
         self.progress.halt(halt)
         if self._thread is not None:
             self.release(list(self.assignment.leases))

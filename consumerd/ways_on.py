@@ -91,7 +91,7 @@ class Forget:
 
     def what(self) -> str:
         """Say what for."""
-        return "to forget what was counted, and let this poison pass as poison"
+        return "to forget what was counted, and judge anew from here"
 
 
 Way = Gap | OtherTopic | Skip | Forget

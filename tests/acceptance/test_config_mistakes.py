@@ -17,7 +17,7 @@ from tests.servers.sql import execute
 TIMEOUT = 10  # seconds for one answer
 OK, FAILED, USAGE, NOT_REACHED, CONFIG = 0, 1, 2, 75, 78
 
-TABLES = [("checkpoint",), ("letters",), ("replay_checkpoint",), ("replays",), ("store",)]
+TABLES = [("checkpoint",), ("claims",), ("letters",), ("replay_checkpoint",), ("replays",), ("store",)]
 MADE = "SELECT tablename FROM pg_tables WHERE schemaname = '{}' ORDER BY 1"
 
 HANDLER: dict[str, Any] = {"topics": ["orders"], "table": {"name": "orders", "write": "append"}}

@@ -172,3 +172,27 @@ def test_back_to_the_topic(scene: Scene) -> None:
     assert [0, 1, 2] == scene.ids()
     again = scene.lines("show", "--status", "open")
     assert [(8, 2), (9, 2), (10, 2)] == sorted((each["source"]["offset"], each["attempts"]) for each in again)
+
+
+def test_what_became_a_row_after_all_is_not_redriven(
+    kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon, tmp_path: Path
+) -> None:
+    """P2: letters that a halt left behind, whose messages were rows after the mend, are no letters any more."""
+    execute(database, "CREATE TABLE t (id bigint, n integer)")
+    name = topic(PARTITIONS)
+    poison = {"min_messages": 15, "max_ratio": 0.1}
+    control = {"daemon": {"control": str(tmp_path / "control")}}
+    run = daemon({"t": handler(name, "t", group_id=name, poison=poison, batch={"max_age": "2s"})}, control)
+    scene = Scene(kafka, database, name, run)
+    for partition in range(PARTITIONS):
+        scene.send([{"n": "of text"}] * 10, partition)
+    wait_until(lambda: run.status()["handlers"]["t"]["state"] == "halted", TIMEOUT, "the breaker's halt")
+    assert 10 <= sum(scene.letters().values()) < 30
+    execute(database, "ALTER TABLE t ALTER n TYPE text")
+    typed = consumerd("resume", "t", "--breaker", cwd=run.config.parent)
+    assert OK == typed.returncode, typed.stderr
+    wait_until(lambda: run.status()["handlers"]["t"]["lag_messages"] == 0, TIMEOUT, "the rows")
+    (report,) = scene.lines("redrive", "--execute")
+    wait_until(lambda: len(scene.ids()) >= scene.sent, TIMEOUT, "each message")
+    assert list(range(scene.sent)) == scene.ids(), report
+    assert report["redriven"] < 30

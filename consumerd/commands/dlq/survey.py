@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from consumerd.commands.dlq.topic import Letter, Why
     from consumerd.config import Config, HandlerConfig
-    from consumerd.letters import Letters, Place, State, Status
+    from consumerd.letters import Claim, Letters, Place, State, Status
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +152,9 @@ class Survey:
     states: dict[Place, dict[int, State]] = field(default_factory=dict)
     checkpoints: dict[tuple[str, int], tuple[str | None, int]] | None = None
     """Topic id and offset of the handler's checkpoints; None where it keeps none in Postgres."""
+    claims: dict[tuple[str, int], list[Claim]] = field(default_factory=dict)
+    outlived: int = 0
+    """Letters whose messages the handler has read again since, as `standings` came by."""
 
     def note(self, letter: Letter) -> None:
         """Take a letter in."""
@@ -162,19 +165,30 @@ class Survey:
 
     def standings(self, which: Filter) -> Iterator[Standing]:
         """Return the letters that a filter takes, by their sources."""
+        self.outlived = 0
         for place in sorted(self.noted):
             states = self.states.get(place, {})
             for offset, noted in sorted(self.noted[place].items()):
                 state = states.get(offset)
                 anew = state is not None and self._is_newer(noted, state)
                 standing = Standing(place, offset, noted, state, self._settled(place, offset), anew)
-                if which.takes(standing):
+                if standing.settled and self._is_outlived(place, offset, noted):
+                    self.outlived += 1
+                elif which.takes(standing):
                     yield standing
 
     def _is_newer(self, noted: Noted, state: State) -> bool:
         if self.checkpoints is None:  # and so no epochs
             return state.failed_at < noted.failed_at
         return state.epoch < noted.epoch
+
+    def _is_outlived(self, place: Place, offset: int, noted: Noted) -> bool:
+        return any(
+            claim.epoch > noted.epoch
+            and claim.next_offset <= offset
+            and (not place.topic_id or claim.topic_id in {None, place.topic_id})
+            for claim in self.claims.get((place.topic, place.partition), ())
+        )
 
     def _settled(self, place: Place, offset: int) -> bool:
         if self.checkpoints is None:
@@ -218,6 +232,7 @@ async def survey(config: Config, handler: HandlerConfig, letters: Letters) -> tu
         if handler.checkpoint == "postgres":
             there = await schema_is_there(conn, config.postgres.schema_name)
             found.checkpoints = await letters.checkpoints(conn) if there else {}
+            found.claims = await letters.claims(conn) if there else {}
     finally:
         await conn.close()
     topic = await asyncio.to_thread(LetterTopic, config.kafka, handler.dead_letter.topic)
