@@ -84,6 +84,10 @@ ROW_POLICIES = {"ExecWithCheckOptions"}
 """The server's function that holds a row against the policies of its table; its SQLSTATE is also that of a privilege
 that is missing."""
 
+RAISES = {"exec_stmt_raise", "PLy_elog_impl"}
+"""Functions of PL/pgSQL and PL/Python that raise what a function of the database says: the names of constraint, column
+and table are its words, too, and may be values."""
+
 WORDS = {"42601", "42602", "42704", "42883", "42P01"}
 """SQLSTATEs by which some types' input functions (tsquery, ltree, regclass) refuse words. Of a statement they would say
 that it is wrong; where COPY's context names a column, and no function before it, they speak of the value in that."""
@@ -289,13 +293,10 @@ def translate(  # noqa: PLR0911 - one for each meaning
 def _refusal(error: psycopg.Error, state: str) -> Refusal:
     """Say why a row was refused, without the server's words: they hold values of the row."""
     name = type(error).__name__
-    details = [
-        f"{label} {value}"
-        for label, value in (("constraint", error.diag.constraint_name), ("column", error.diag.column_name))
-        if value
-    ]
-    if state == "23514" and error.diag.constraint_name is None and error.diag.table_name:
-        # A trigger that raises the same names no table.
+    raised = error.diag.source_function in RAISES
+    constraint, column = (None, None) if raised else (error.diag.constraint_name, error.diag.column_name)
+    details = [f"{label} {value}" for label, value in (("constraint", constraint), ("column", column)) if value]
+    if state == "23514" and constraint is None and error.diag.table_name and not raised:
         details = [f"no partition of {error.diag.schema_name}.{error.diag.table_name} takes it"]
     if state == "42501":
         details = ["by a row-level security policy"]
@@ -305,7 +306,7 @@ def _refusal(error: psycopg.Error, state: str) -> Refusal:
         error=f"psycopg.errors.{name}",
         message=", ".join([f"refused by Postgres: {name}", *details]),
         sqlstate=state,
-        column=error.diag.column_name,
+        column=column,
         words="; ".join(filter(None, (error.diag.message_primary, error.diag.message_detail)))[:WORDS_LENGTH] or None,
     )
 
