@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,6 +21,7 @@ import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict
 
+from consumerd import tls
 from consumerd.errors import (
     Blocked,
     Cancelled,
@@ -106,8 +108,10 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         conn = await AsyncConnection.connect("", autocommit=True, prepare_threshold=None, **parameters)
     except psycopg.Error as error:
         # Also a wrong database or role: they have no SQLSTATE here, and may come right without us.
-        said = f"cannot connect to Postgres: {_one_line(error)}"
-        raise Outage("postgres", f"{said}: correct [postgres] if it is not merely down") from error
+        said = _one_line(error)
+        why = await asyncio.to_thread(_certificate, said, parameters) if tls.FAILED in said else None
+        way = why or f"{said}: correct [postgres] if it is not merely down"
+        raise Outage("postgres", f"cannot connect to Postgres: {way}") from error
     name = ""
     timer = asyncio.get_running_loop().call_later(SETTINGS_TIMEOUT, cut, conn)
     try:
@@ -129,6 +133,16 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
     finally:
         timer.cancel()
     return conn
+
+
+def _certificate(sentence: str, parameters: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the server's certificate, found with libpq's own settings and defaults. Blocking."""
+    default = Path.home() / ".postgresql" / "root.crt"
+    trusted = parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+    trusted = trusted or (str(default) if default.exists() else "system")
+    mode = parameters.get("sslmode") or os.environ.get("PGSSLMODE")
+    named = mode == "verify-full" or trusted == "system"
+    return tls.postgres(sentence, None if trusted == "system" else trusted, named=named)
 
 
 def _parameters(config: PostgresConfig, application_name: str) -> dict[str, Any]:
