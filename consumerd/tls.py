@@ -1,8 +1,8 @@
 """What is wrong with a server's certificate, where the client's own words are the same for every mistake.
 
-librdkafka and libpq say "certificate verify failed" of a wrong authority, an expired certificate and (librdkafka) a wrong
-host name alike. So once they have said it, this looks by itself: it shakes hands with the same server, by the same
-authority, and asks Python's ssl for OpenSSL's reason. Nothing is sent, and nothing depends on it but the sentence.
+librdkafka and libpq say "certificate verify failed" of a wrong authority, an expired certificate and (librdkafka) a
+wrong host name alike. So once they have said it, this looks by itself: it shakes hands with the same server, by the
+same authority, and asks Python's ssl for OpenSSL's reason. Nothing is sent, and nothing depends on it but the sentence.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def postgres(said: str, trusted: str | None, *, named: bool) -> str | None:
     return _look(place, trusted, ways, named=named, ask=True) if place else None
 
 
-def _look(  # noqa: PLR0913 - two servers, each with ways of its own
+def _look(
     place: re.Match[str],
     trusted: str | None,
     ways: tuple[str, str],

@@ -1,4 +1,4 @@
-"""A certificate authority for one test module: its certificates, good ones and others, made by the command `openssl`."""
+"""A certificate authority for one test module, and its certificates, made by the command `openssl`."""
 
 import shutil
 import subprocess

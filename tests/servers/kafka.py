@@ -73,7 +73,7 @@ class KafkaServer:
         """Listen on ``second_port`` too, and name ``port``, a proxy's, to the clients that come that way."""
         self._listen("PROXIED", "PLAINTEXT", self.second_port, port)
 
-    def listen(self, name: str, protocol: str, **properties: str) -> str:
+    def listen(self, name: str, protocol: str, properties: Mapping[str, str]) -> str:
         """Listen on one more port from the next start on, with properties of that listener; return its address."""
         port = free_port()
         self._listen(name, protocol, port, port)
