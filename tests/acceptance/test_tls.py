@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from psycopg.conninfo import make_conninfo
 
 from tests.acceptance.halts import TIMEOUT, expect_rows, handler, send
@@ -69,10 +74,9 @@ def guarded(servers_folder: Path) -> Iterator[Guarded]:
     kafka = KafkaServer(folder / "kafka", {"sasl.enabled.mechanisms": "SCRAM-SHA-512"})
     brokers = {}
     for name, (host, days) in CERTIFICATES.items():
-        pem = {"ssl.keystore.type": "PEM", "ssl.keystore.location": str(authority.issue(name, host, days))}
-        brokers[name] = kafka.listen(name.upper(), "SSL", pem)
-    pem["ssl.keystore.location"] = str(authority.folder / "good.pem")
-    brokers["sasl"] = kafka.listen("SASL", "SASL_SSL", pem | {"scram-sha-512.sasl.jaas.config": SCRAM})
+        brokers[name] = kafka.listen(name.upper(), "SSL", keystore(authority.issue(name, host, days)))
+    scram = keystore(authority.folder / "good.pem") | {"scram-sha-512.sasl.jaas.config": SCRAM}
+    brokers["sasl"] = kafka.listen("SASL", "SASL_SSL", scram)
     (folder / "postgres").mkdir()
     postgres = PostgresServer(folder / "postgres", binaries=binaries)
     postgres.certified(authority.folder / "good.pem")
@@ -84,6 +88,11 @@ def guarded(servers_folder: Path) -> Iterator[Guarded]:
     yield Guarded(kafka, brokers, postgres, authority.folder, authority.ca, other.ca)
     kafka.close()
     postgres.close()
+
+
+def keystore(pem: Path) -> dict[str, str]:
+    """Return what has a listener of the broker use a certificate."""
+    return {"ssl.keystore.type": "PEM", "ssl.keystore.location": str(pem)}
 
 
 def set_password(kafka: KafkaServer, password: str) -> None:
