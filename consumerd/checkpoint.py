@@ -292,7 +292,8 @@ class Checkpoints:
         others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
         if others:
             ((other, topic, target),) = others
-            forget = f"DELETE FROM {self._names['checkpoint'].as_string()} WHERE group_id = '{other}'"  # noqa: S608
+            over = sql.Literal(other).as_string()
+            forget = f"DELETE FROM {self._names['checkpoint'].as_string()} WHERE group_id = {over}"  # noqa: S608
             raise Halt(
                 "checkpoint",
                 f"group {other} writes {topic} to {target} already, and group {self.group} has no "
