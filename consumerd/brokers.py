@@ -5,6 +5,7 @@ The functions that take a Consumer are called on the thread that owns it.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,8 @@ def gap_of(consumer: ck.Consumer, partition: TopicPartition, offset: int | None,
 def gap(partition: TopicPartition, position: int | None, *, low: int, high: int, group: str, bootstrap: str) -> Halt:
     """Return the halt of a partition whose position is not in its log, offsets [low, high)."""
     reset = (
-        f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} "
+        f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {shlex.quote(group)} "
+        f"--reset-offsets --topic {partition} "
         f"--execute --to-offset"
     )
     if position is not None and position < low:

@@ -325,7 +325,8 @@ class Checkpoints:
         others = await call(conn, self._sql(_OTHER_GROUP), {**self._keys(partitions), "ids": ids})
         if others:
             ((other, topic, target, lately),) = others
-            forget = f"DELETE FROM {self._names['checkpoint'].as_string()} WHERE group_id = '{other}'"  # noqa: S608
+            quoted = sql.Literal(other).as_string()
+            forget = f"DELETE FROM {self._names['checkpoint'].as_string()} WHERE group_id = {quoted}"  # noqa: S608
             over = f"; or, if that group is over, forget it: {forget}"
             raise Halt(
                 "checkpoint",

@@ -96,7 +96,9 @@ class PostgresConfig(_Section):
     password: Annotated[Secret | None, PlainValidator(lambda value, info: parse_password(value, folder(info)))] = None
     """The way to the password: `{ credential = NAME }`, `{ file = PATH }` or `{ env = NAME }`, read again at each
     connect."""
-    schema_name: Identifier = Field(default="consumerd", validation_alias="schema")
+    schema_name: Annotated[Identifier, must(lambda name: "%" not in name, "must be a name without %")] = Field(
+        default="consumerd", validation_alias="schema"
+    )
     """The schema where the daemon keeps its checkpoints."""
     settings: Annotated[dict[str, Annotated[str, PlainValidator(parse_setting)]], BeforeValidator(with_names)] = {}
     """Settings of the sessions: `statement_timeout`, `lock_timeout`, `role`, and so on."""

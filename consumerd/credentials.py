@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl
 
+from consumerd import file_trust
 from consumerd.errors import ConfigError
 
 CREDENTIALS_FOLDER = Path("/etc/consumerd/credentials")
@@ -202,6 +203,8 @@ def _read_first(what: str, places: list[Path]) -> str:
             raise ConfigError(f"{what}: {place} is not UTF-8 text") from None
         if not value:
             raise ConfigError(f"{what}: {place} is empty")
+        if sentence := file_trust.writable(place) or file_trust.readable(place):
+            raise ConfigError(f"{what}: {place} {sentence}")
         return value
     raise ConfigError(f"{what}: there is no file {' or '.join(map(str, places))}")
 

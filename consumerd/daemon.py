@@ -95,6 +95,12 @@ class Daemon:
                 raise
             log.warning("%s", error)
         log.info("started", extra={"version": __version__, "listen": http.address, "handlers": len(self._members)})
+        if not http.on_loopback:
+            log.warning(
+                "whoever reaches the port may read /metrics, /status and the page: they are not encrypted and ask for "
+                "no password",
+                extra={"listen": http.address},
+            )
         self._make_room_for_calls()
         self._members.start()
         others = [

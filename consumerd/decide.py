@@ -6,6 +6,7 @@ that Kafka lost (expired, or its group deleted) never resets anything. Pure.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -170,7 +171,8 @@ def decide_by_kafka(
             "checkpoint",
             f"group {group} has kept its checkpoint of {partition} in Postgres so far, and Kafka's offset may be "
             f'behind it: write checkpoint = "postgres" again; or, after a clean stop, when it is not, type '
-            f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --to-current "
+            f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {shlex.quote(group)} "
+            f"--reset-offsets --to-current "
             f"--topic {partition.topic} --execute",
         )
     _same_topic(partition, stamp.topic_id, topic_id, offset)

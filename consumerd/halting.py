@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
 import time
 import traceback
 from contextlib import suppress
@@ -44,7 +45,8 @@ class Halting:
             f"the log of {partition} is another one: offset {message.offset()} has leader epoch {epoch}, and what was "
             f"written before it had {lease.leader_epoch}: the topic was made again or its cluster restored; set "
             f"`group_id` to a new name to read it from its start; Kafka's own tool goes on in it as well: "
-            f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} "
+            f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {shlex.quote(group)} "
+            f"--reset-offsets --topic {partition} "
             f"--to-offset {message.offset()} --execute"
         )
         gap = Gap(partition=partition, position=lease.next_offset, target=message.offset())

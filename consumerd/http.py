@@ -15,6 +15,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -68,6 +69,7 @@ class HttpServer:
             raise ConsumerdError(f"cannot listen on {host}:{port} (daemon.listen): {error.strerror}; {way}") from error
         self._server.daemon_threads = True
         self.address = f"{host}:{self._server.server_address[1]}"
+        self.on_loopback = ip_address(self._server.socket.getsockname()[0]).is_loopback
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Final, Self, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from consumerd import file_trust
 from consumerd.config import Config, DaemonConfig, HandlerConfig
 from consumerd.credentials import dsn_password_key, looks_secret, parse_property
 from consumerd.errors import ConfigError
@@ -211,7 +212,7 @@ def _overrides(overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
     return properties, refused
 
 
-def _read(path: Path, environ: Mapping[str, str]) -> _File:
+def _read(path: Path, environ: Mapping[str, str]) -> _File:  # noqa: PLR0911 - one for each mistake
     """Read, parse and fill in one file; `sound` is false when there is nothing to validate."""
     file = _File(path=path)
     try:
@@ -221,6 +222,8 @@ def _read(path: Path, environ: Mapping[str, str]) -> _File:
         return file.failed(f"cannot be read: {error.strerror if found else 'it is a symbolic link to nothing'}")
     except UnicodeDecodeError as error:
         return file.failed("is not UTF-8 text", error.object.count(b"\n", 0, error.start) + 1)
+    if sentence := file_trust.writable(path):
+        return file.failed(sentence)
     try:
         data = tomllib.loads(text)
     except RecursionError:

@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,6 +21,7 @@ import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
 from psycopg.conninfo import conninfo_to_dict
 
+from consumerd import tls
 from consumerd.errors import (
     Blocked,
     Cancelled,
@@ -84,6 +86,10 @@ ROW_POLICIES = {"ExecWithCheckOptions"}
 """The server's function that holds a row against the policies of its table; its SQLSTATE is also that of a privilege
 that is missing."""
 
+RAISES = {"exec_stmt_raise", "PLy_elog_impl"}
+"""Functions of PL/pgSQL and PL/Python that raise what a function of the database says: the names of constraint, column
+and table are its words, too, and may be values."""
+
 WORDS = {"42601", "42602", "42704", "42883", "42P01"}
 """SQLSTATEs by which some types' input functions (tsquery, ltree, regclass) refuse words. Of a statement they would say
 that it is wrong; where COPY's context names a column, and no function before it, they speak of the value in that."""
@@ -102,8 +108,10 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
         conn = await AsyncConnection.connect("", autocommit=True, prepare_threshold=None, **parameters)
     except psycopg.Error as error:
         # Also a wrong database or role: they have no SQLSTATE here, and may come right without us.
-        said = f"cannot connect to Postgres: {_one_line(error)}"
-        raise Outage("postgres", f"{said}: correct [postgres] if it is not merely down") from error
+        said = _one_line(error)
+        why = await asyncio.to_thread(_certificate, said, parameters) if tls.FAILED in said else None
+        way = why or f"{said}: correct [postgres] if it is not merely down"
+        raise Outage("postgres", f"cannot connect to Postgres: {way}") from error
     name = ""
     timer = asyncio.get_running_loop().call_later(SETTINGS_TIMEOUT, cut, conn)
     try:
@@ -125,6 +133,16 @@ async def connect(config: PostgresConfig, application_name: str) -> AsyncConnect
     finally:
         timer.cancel()
     return conn
+
+
+def _certificate(sentence: str, parameters: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the server's certificate, found with libpq's own settings and defaults. Blocking."""
+    default = Path.home() / ".postgresql" / "root.crt"
+    trusted = parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+    trusted = trusted or (str(default) if default.exists() else "system")
+    mode = parameters.get("sslmode") or os.environ.get("PGSSLMODE")
+    named = mode == "verify-full" or trusted == "system"
+    return tls.postgres(sentence, None if trusted == "system" else trusted, named=named)
 
 
 def _parameters(config: PostgresConfig, application_name: str) -> dict[str, Any]:
@@ -289,13 +307,10 @@ def translate(  # noqa: PLR0911 - one for each meaning
 def _refusal(error: psycopg.Error, state: str) -> Refusal:
     """Say why a row was refused, without the server's words: they hold values of the row."""
     name = type(error).__name__
-    details = [
-        f"{label} {value}"
-        for label, value in (("constraint", error.diag.constraint_name), ("column", error.diag.column_name))
-        if value
-    ]
-    if state == "23514" and error.diag.constraint_name is None and error.diag.table_name:
-        # A trigger that raises the same names no table.
+    raised = error.diag.source_function in RAISES
+    constraint, column = (None, None) if raised else (error.diag.constraint_name, error.diag.column_name)
+    details = [f"{label} {value}" for label, value in (("constraint", constraint), ("column", column)) if value]
+    if state == "23514" and constraint is None and error.diag.table_name and not raised:
         details = [f"no partition of {error.diag.schema_name}.{error.diag.table_name} takes it"]
     if state == "42501":
         details = ["by a row-level security policy"]
@@ -305,7 +320,7 @@ def _refusal(error: psycopg.Error, state: str) -> Refusal:
         error=f"psycopg.errors.{name}",
         message=", ".join([f"refused by Postgres: {name}", *details]),
         sqlstate=state,
-        column=error.diag.column_name,
+        column=column,
         words="; ".join(filter(None, (error.diag.message_primary, error.diag.message_detail)))[:WORDS_LENGTH] or None,
     )
 

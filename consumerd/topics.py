@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
+from consumerd import tls
 from consumerd.brokers import client_config
 from consumerd.errors import ConfigError, Halt, Outage
 from consumerd.types import TopicPartition
@@ -293,14 +294,20 @@ class Topics:
         try:
             return await asyncio.to_thread(function, *values)
         except TimeoutError:
-            raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers} does not answer{self._why()}") from None
+            why = await asyncio.to_thread(self._why)
+            raise Outage("kafka", f"Kafka at {self._kafka.bootstrap_servers} does not answer{why}") from None
         except KafkaException as exception:
             error = meaning(exception.args[0], self._kafka.bootstrap_servers)
-            raise (Outage("kafka", f"{error}{self._why()}") if isinstance(error, Outage) else error) from exception
+            if not isinstance(error, Outage):
+                raise error from exception
+            raise Outage("kafka", f"{error}{await asyncio.to_thread(self._why)}") from exception
 
     def _why(self) -> str:
         self._admin.poll(0)  # serves `_on_error`
         said, self._said = self._said, ""
+        plain = {name: value for name, value in self._kafka.properties.items() if isinstance(value, str)}
+        if certificate := tls.broker(said, plain):
+            return f" ({certificate})"
         return f" ({said}): correct [kafka] if it is not merely down" if said else ""
 
     def _on_error(self, error: KafkaError) -> None:

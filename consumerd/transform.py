@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import msgspec
 
+from consumerd import file_trust
 from consumerd.errors import Halt, Refusal
 from consumerd.formats import values
 from consumerd.handler import Misuse, Origin, Poison, Record, Retry, call, decode, encode, records_of, results_of
@@ -238,6 +239,7 @@ def load(name: str, folder: Path) -> Transform:
         sys.path.append(str(folder))
     importlib.invalidate_caches()
     file = folder.joinpath(*module_name.split("."))
+    _trust(folder, file)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -255,6 +257,14 @@ def load(name: str, folder: Path) -> Transform:
             f"{beside[0]} is hidden by another module {module_name} ({module.__file__ or 'built in'}): rename the file",
         )
     return Transform(name, _function(module, function_name), folder)
+
+
+def _trust(folder: Path, file: Path) -> None:
+    """Refuse, before any of it runs, Python that others may change: the module, and what it may import beside it."""
+    own = (file.with_name(f"{file.name}.py"), file / "__init__.py")
+    for path in (*own, *sorted(folder.glob("*.py")), folder / "__pycache__"):
+        if sentence := file_trust.writable(path):
+            raise Halt("transform", f"{path} {sentence}")
 
 
 def _broken(module: str, error: BaseException, folder: Path) -> Halt:

@@ -10,6 +10,7 @@ Over 400 lines, because the order of these steps is what exactly-once hangs on, 
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -428,7 +429,8 @@ def _poisoned(batch: Batch, member: Member) -> Halt:
         f"topic {partition.topic} partition {partition.partition} offset {offset} cannot become a row: "
         f"{refusal.message}{column} ({refusal.reason}), and [poison] action is halt; mend the table or the mapping; or "
         f"write another action under [poison]; Kafka's own tool passes over this one message as well: "
-        f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {group} --reset-offsets --topic {partition} "
+        f"kafka-consumer-groups --bootstrap-server {bootstrap} --group {shlex.quote(group)} "
+        f"--reset-offsets --topic {partition} "
         f"--to-offset {offset + 1} --execute",
         Skip(partition=partition, first=offset, end=offset + 1),
     )

@@ -5,6 +5,7 @@ Brokers without an authorizer allow everything, and say so.
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaException, TopicCollection
@@ -79,5 +80,7 @@ def _line(kafka: KafkaConfig, kind: str, name: str, operations: Collection[AclOp
     names = sorted(operation.name.title().replace("_", "") for operation in operations)
     wanted = " ".join(f"--operation {name}" for name in names)
     user = kafka.properties.get("sasl.username", "NAME")
-    command = f"kafka-acls --bootstrap-server {kafka.bootstrap_servers} --add --allow-principal User:{user}"
-    return [f"{command} {wanted} --{kind} {name}"]
+    command = (
+        f"kafka-acls --bootstrap-server {kafka.bootstrap_servers} --add --allow-principal {shlex.quote(f'User:{user}')}"
+    )
+    return [f"{command} {wanted} --{kind} {shlex.quote(name)}"]

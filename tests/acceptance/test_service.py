@@ -1,8 +1,10 @@
 """The daemon as a service: what it tells whoever has started it, and a stop that comes early."""
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -116,3 +118,21 @@ def catches(process: Process) -> bool:
     """Whether a process has handlers of its own; Python's is for SIGINT alone."""
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize(("address", "told"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_port_that_others_reach_is_told(tmp_path: Path, address: str, told: bool) -> None:
+    """Where the page is not on loopback alone the log warns of it, once; in a network of its own, for this test."""
+    alone = ["unshare", "--map-root-user", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("`unshare` makes no network here: install util-linux, or run where user namespaces are allowed.")
+    listen = {"daemon": {"listen": f"{address}:0"}}
+    config = write_config(tmp_path, NOWHERE | listen, {"t": handler("nothing")})
+    run = Process(
+        [*alone, sys.executable, "-m", "consumerd", "run", "-c", str(config)], tmp_path / "log", env=ENVIRONMENT
+    )
+    run.wait_ready(lambda: "waiting: " in run.log_tail(), TIMEOUT, "consumerd")
+    run.kill_group()
+    lines = [line for line in run.log_tail().splitlines() if "whoever reaches the port may read /metrics" in line]
+    assert told == (len(lines) == 1), lines
+    assert not told or '"level":"warning"' in lines[0]

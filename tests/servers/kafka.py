@@ -71,14 +71,22 @@ class KafkaServer:
 
     def advertise(self, port: int) -> None:
         """Listen on ``second_port`` too, and name ``port``, a proxy's, to the clients that come that way."""
-        now = self._properties
-        self.configure(
-            {
-                "listeners": f"{now['listeners']},PROXIED://127.0.0.1:{self.second_port}",
-                "advertised.listeners": f"{now['advertised.listeners']},PROXIED://127.0.0.1:{port}",
-                "listener.security.protocol.map": f"{now['listener.security.protocol.map']},PROXIED:PLAINTEXT",
-            }
-        )
+        self._listen("PROXIED", "PLAINTEXT", self.second_port, port)
+
+    def listen(self, name: str, protocol: str, properties: Mapping[str, str]) -> str:
+        """Listen on one more port from the next start on, with properties of that listener; return its address."""
+        port = free_port()
+        self._listen(name, protocol, port, port)
+        self.configure({f"listener.name.{name.lower()}.{key}": value for key, value in properties.items()})
+        return f"127.0.0.1:{port}"
+
+    def _listen(self, name: str, protocol: str, port: int, advertised: int) -> None:
+        more = {
+            "listeners": f"{name}://127.0.0.1:{port}",
+            "advertised.listeners": f"{name}://127.0.0.1:{advertised}",
+            "listener.security.protocol.map": f"{name}:{protocol}",
+        }
+        self.configure({key: f"{self._properties[key]},{value}" for key, value in more.items()})
 
     @property
     def running(self) -> bool:

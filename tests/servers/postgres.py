@@ -35,14 +35,31 @@ INITDB_TIMEOUT = 60  # seconds: it takes 1
 class PostgresServer:
     """One cluster. The data outlives stop() and kill(); start() brings it back on the same port."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
-        """Prepare a cluster in ``folder``; ``settings`` are the server's, beside or in place of those of all tests."""
+    def __init__(
+        self, folder: Path, settings: Mapping[str, str] | None = None, *, binaries: Path | None = None
+    ) -> None:
+        """Prepare a cluster in ``folder``; ``settings`` are the server's, beside or in place of those of all tests.
+
+        ``binaries`` is a folder of other ones than the wheel's.
+        """
         self.folder = folder
+        self._binaries = binaries
         self._settings = dict(settings or {})
         self.port = free_port()
         self.dsn = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
         self.log = folder / "postgres.log"
         self._process: Process | None = None
+
+    def certified(self, pem: Path) -> None:
+        """Speak TLS from the next start on, by a copy of a certificate with its key: ``server.pem`` in the folder.
+
+        What is copied over that later holds once the server reads its settings again.
+        """
+        own = Path(shutil.copyfile(pem, self.folder / "server.pem"))
+        own.chmod(0o600)
+        if _system_user() != "-":
+            shutil.chown(own, _system_user())
+        self._settings |= {"ssl": "on", "ssl_cert_file": str(own), "ssl_key_file": str(own)}
 
     @property
     def running(self) -> bool:
@@ -61,7 +78,7 @@ class PostgresServer:
             return
         data = self.folder / "data"
         if not data.exists():
-            _run(["cp", "-a", str(_template(self.folder.parent)), str(data)])
+            _run(["cp", "-a", str(_template(self.folder.parent, self._binaries or _binaries())), str(data)])
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -72,7 +89,7 @@ class PostgresServer:
         }
         self._process = Process(
             [
-                str(_binaries() / "postgres"),
+                str((self._binaries or _binaries()) / "postgres"),
                 "-D",
                 str(data),
                 *(f"--{name}={value}" for name, value in settings.items()),
@@ -140,8 +157,13 @@ class PostgresServer:
         return True
 
 
+def with_tls() -> Path | None:
+    """Return the folder of a Postgres that speaks TLS, which the wheel's does not: the newest of Debian's."""
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
 @functools.cache
-def _template(folder: Path) -> Path:
+def _template(folder: Path, binaries: Path) -> Path:
     """Initialise a data folder below ``folder``, once, and return it."""
     home = folder / "postgres-template"
     home.mkdir()
@@ -151,7 +173,7 @@ def _template(folder: Path) -> Path:
     as_user = [] if user == "-" else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
     if user != "-":
         shutil.chown(home, user)
-    _run([*as_user, str(_binaries() / "initdb"), "-D", str(data), *options], cwd=home)
+    _run([*as_user, str(binaries / "initdb"), "-D", str(data), *options], cwd=home)
     return data
 
 

@@ -494,3 +494,8 @@ def test_unknown_keys_are_refused(model: type[BaseModel], data: dict[str, Any]) 
 def test_a_column_may_have_any_name() -> None:
     """A column's name is what Postgres takes: a single blank, too."""
     assert handler(columns={" ": "a"}).columns == {" ": ColumnConfig(source="a")}
+
+
+def test_the_schema_of_the_daemon_has_no_percent_sign() -> None:
+    """Its name stands in statements with values, where psycopg takes a percent sign for a placeholder."""
+    assert mistakes(PostgresConfig, {"dsn": "host=x", "schema": "a%s"}) == {"schema": "must be a name without %"}

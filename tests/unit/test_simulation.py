@@ -91,7 +91,13 @@ MUTANTS: dict[str, tuple[type | ModuleType, str, str, str, str, str]] = {
     "messages of an earlier seek are taken": (
         Member, "release", "self._positions.pop(partition, None)", "pass", "back", "postgres"),
     "rejects are dropped": (
-        Writer, "_settle_poison", "await member.letters.send(batch, member.epoch_of_letters(batch.partition, lease))", "pass", "rebalance", "postgres"),
+        Writer,
+        "_settle_poison",
+        "await member.letters.send(batch, member.epoch_of_letters(batch.partition, lease))",
+        "pass",
+        "rebalance",
+        "postgres",
+    ),
     "a fenced write counts as written": (
         Writer, "_until_settled", "await self._member.reconciler.fenced(work)",
         "self._member.written(work, 0.0)", "zombies", "postgres"),

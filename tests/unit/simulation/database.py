@@ -71,6 +71,7 @@ class Refused(pg.CheckViolation):
         """Say what Postgres says."""
         context = None if self.line is None else f"COPY orders, line {self.line}"
         return SimpleNamespace(
+            source_function=None,
             constraint_name="good",
             column_name=None,
             context=context,
