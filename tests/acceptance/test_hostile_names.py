@@ -103,7 +103,7 @@ def test_names_are_names(kafka: KafkaServer, database: str, topic: MakeTopic, da
         ["try", "t"],
         ["lag", "t"],
         ["offsets", "show", "t"],
-        ["init", name, table],
+        ["init", name, table, "--name", "odd"],
         ["setup", "--sql"],
         ["dlq", "list", "t"],
         ["dlq", "show", "t"],
