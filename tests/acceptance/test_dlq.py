@@ -113,10 +113,10 @@ def test_killed_in_the_middle(scene: Scene, tmp_path: Path) -> None:
     assert sorted([0, *mended]) == scene.ids()
     assert 2 * rounds == report["redriven"]
     states = execute(
-        scene.database, "SELECT status, attempts, count(*) FROM consumerd.letters GROUP BY 1, 2 ORDER BY 1, 2"
+        scene.database, "SELECT status, count(*), min(attempts), max(attempts) FROM consumerd.letters GROUP BY 1"
     )
-    again = 3 * rounds
-    assert [("failed", 2, again), ("failed", 3, 2 * again), ("redriven", 2, len(mended))] == states
+    failed = 3 * rounds * PARTITIONS
+    assert [("failed", failed, 2, 3), ("redriven", len(mended), 2, 2)] == sorted(states)
     reasons = {"missing", "type", "malformed", "rejected"}
     assert {("redriven", "missing"), ("redriven", "rejected")} <= scene.letters().keys()
     assert reasons == {reason for _, reason in scene.letters()}

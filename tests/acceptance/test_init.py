@@ -136,7 +136,7 @@ def test_a_table_that_is_not_there(bench: Bench) -> None:
         ("note", "text", False),
         ("tags", "jsonb", True),
     ] == columns
-    assert [("checkpoint",), ("store",)] == execute(
+    assert [("checkpoint",), ("claims",), ("store",)] == execute(
         bench.database, "SELECT tablename FROM pg_tables WHERE schemaname = 'consumerd' ORDER BY 1"
     )
     rows = bench.rows("SELECT order_id, customer FROM sales.orders ORDER BY 1", 20)
