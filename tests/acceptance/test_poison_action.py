@@ -177,7 +177,7 @@ def test_another_member_does_not_reset_the_breaker(
 def test_a_schema_made_before_the_breaker_was_kept(
     kafka: KafkaServer, database: str, topic: MakeTopic, daemon: MakeDaemon
 ) -> None:
-    """Checkpoints that lack the breaker's columns get them at the next start, and go on where they stood."""
+    """A schema that lacks the breaker's columns and the claims gets them at the next start, and it goes on."""
     name = topic()
     execute(database, "CREATE TABLE t (id bigint, n bigint)")
     run = daemon({"t": handler(name, "t", group_id=name)})
@@ -185,7 +185,7 @@ def test_a_schema_made_before_the_breaker_was_kept(
     wait_until(lambda: len(landed(database, "t")) == 10, TIMEOUT, "ten rows")
     assert run.stop() == 0
     gone = ", ".join(f"DROP COLUMN judged_{what}" for what in ("messages", "refused", "at"))
-    execute(database, f"ALTER TABLE consumerd.checkpoint {gone}")
+    execute(database, f"ALTER TABLE consumerd.checkpoint {gone}; DROP TABLE consumerd.claims")
     restart(run)
     send(kafka, name, *range(10))
     wait_until(lambda: len(landed(database, "t")) == 20, TIMEOUT, "ten more")
