@@ -8,7 +8,7 @@ import socket
 import sys
 import uuid
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -26,6 +26,7 @@ from consumerd.cli.options import (
     fail,
     load,
 )
+from consumerd.errors import PoisonReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,6 +70,9 @@ def _filter(  # noqa: PLR0917 - as they are typed
 ) -> Filter:
     from consumerd.commands.dlq.survey import Filter, moment, source  # noqa: PLC0415 - what only `dlq` needs
 
+    known = get_args(PoisonReason)
+    if unknown := set(reasons or ()) - set(known):
+        fail(f"--reason {', '.join(sorted(unknown))}: one of {', '.join(known)}", EXIT_USAGE)
     if unknown := set(statuses) - set(STATUSES):
         fail(f"--status {', '.join(sorted(unknown))}: one of {', '.join(STATUSES)}", EXIT_USAGE)
     try:

@@ -70,6 +70,10 @@ def text(found: list[Group], survey: Survey) -> str:
     lines.append(f"{sum(counts.values())} letters{f': {told}' if told else ''}.")
     if survey.others:
         lines.append(f"The topic holds {survey.others} messages besides that are no letters of this handler.")
+    if survey.outlived:
+        lines.append(
+            f"{survey.outlived} more are of messages that the handler has read again since: rows, or new letters."
+        )
     return "\n".join(lines)
 
 
